@@ -1,0 +1,42 @@
+"""What `import vitrail` offers is decided, cheap, and true."""
+
+import subprocess
+import sys
+
+import vitrail
+
+
+def test_every_promised_name_is_there_and_sorted() -> None:
+    names = [name for name in vitrail.__all__ if name != "__version__"]
+    assert set(names) == set(vitrail._WHERE)
+    assert list(vitrail._WHERE) == sorted(vitrail._WHERE)
+    for name in vitrail.__all__:
+        assert getattr(vitrail, name) is not None
+    assert set(vitrail.__all__) <= set(dir(vitrail))
+
+
+def test_functions_win_over_packages_of_the_same_name() -> None:
+    import vitrail.index
+    import vitrail.train.loop
+
+    from vitrail import train
+
+    assert callable(train)
+
+
+def test_import_brings_neither_torch_nor_an_optional_package() -> None:
+    code = (
+        "import sys, vitrail, vitrail.cli; vitrail.cli.main(['--help']);"
+        "heavy = {'torch', 'numpy', 'timm', 'open_clip', 'transformers', 'torchvision', 'sklearn', 'starlette'};"
+        "found = heavy & set(sys.modules); assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_using_the_library_brings_no_optional_package() -> None:
+    code = (
+        "import sys, vitrail; [getattr(vitrail, name) for name in vitrail.__all__];"
+        "found = {'timm', 'open_clip', 'transformers', 'torchvision', 'sklearn', 'scipy'} & set(sys.modules);"
+        "assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
