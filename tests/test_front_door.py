@@ -18,7 +18,6 @@ def test_every_promised_name_is_there_and_sorted() -> None:
 def test_functions_win_over_packages_of_the_same_name() -> None:
     import vitrail.index
     import vitrail.train.loop
-
     from vitrail import train
 
     assert callable(train)

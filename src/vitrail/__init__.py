@@ -10,8 +10,8 @@ from vitrail.provenance import VERSION as __version__
 
 if TYPE_CHECKING:
     from vitrail.backbones import Backbone, load
-    from vitrail.codes import CodeStore, encode
     from vitrail.coders import CODERS, Codes, SparseCoder, load_coder, make_coder, save_coder
+    from vitrail.codes import CodeStore, encode
     from vitrail.images import open_images
     from vitrail.index import Index, build_index
     from vitrail.metrics import MEASURES

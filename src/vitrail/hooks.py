@@ -38,7 +38,8 @@ def editing(edits: Iterable[tuple[str, Site, Callback]]) -> Iterator[None]:
     """While open, what each callback returns replaces what is at its site (None: left as it is), in the order given."""
     handles: list[RemovableHandle] = []
     try:
-        handles += [_attach(name, site, callback, copy=True) for name, site, callback in edits]
+        for name, site, callback in edits:
+            handles.append(_attach(name, site, callback, copy=True))
         yield
     finally:
         for handle in handles:
@@ -64,7 +65,8 @@ def capturing(sites: Mapping[str, Site], *, stop: bool = False) -> Iterator[dict
 
     handles: list[RemovableHandle] = []
     try:
-        handles += [_attach(name, site, keep(name), copy=site.in_place) for name, site in sites.items()]
+        for name, site in sites.items():
+            handles.append(_attach(name, site, keep(name), copy=site.in_place))
         yield cache
     except _AllSeen as raised:
         if raised is not all_seen:  # it belongs to a capture around this one
@@ -109,7 +111,7 @@ def _attach(name: str, site: Site, callback: Callback, *, copy: bool) -> Removab
     return site.module.register_forward_hook(on_output)
 
 
-def _checked(new: Tensor, seen: Tensor, name: str) -> Tensor:
+def _checked(new: Any, seen: Tensor, name: str) -> Tensor:
     if not isinstance(new, Tensor):
         raise TypeError(f"a hook on {name!r} returned a {type(new).__name__}; return a Tensor, or None to only look.")
     if new.shape != seen.shape:

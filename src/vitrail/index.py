@@ -10,6 +10,7 @@ One pass over the codes with bounded memory: nothing of size rows x latents. Tie
 earlier token, so an index does not depend on how the codes were cut into shards (SPEC row 17).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,8 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vitrail.codes import CodeStore
 from vitrail.coders.sparse import Codes
+from vitrail.codes import CodeStore
 from vitrail.files import read_json, read_tensors, write_json, write_tensors
 from vitrail.progress import SILENT, Progress
 from vitrail.tables import Columns, read_table, write_table
@@ -62,33 +63,50 @@ class Candidates:
 
 
 class TopK:
-    """The k strongest candidates of every latent seen so far."""
+    """The k strongest candidates of every latent seen so far. `flush()` before reading `best`."""
 
     def __init__(self, *, d_sae: int, k: int, one_per_image: bool) -> None:
         self.k, self.one_per_image = k, one_per_image
         none = np.zeros(0, dtype=np.int64)
         self.best = Candidates(none, np.zeros(0, dtype=np.float32), none, none)
+        self._waiting: list[Candidates] = []
+        self._n_waiting = 0
         self._floor = np.full(d_sae, -np.inf, dtype=np.float32)  # the k-th best value of each latent, once it has k
 
     def update(self, new: Candidates) -> None:
         """`new` must come from images not seen before, later than all that were: so a tie with the k-th best loses."""
         new = new.take(new.value > self._floor[new.latent])
-        if len(new.latent) == 0:
-            return
+        self._waiting.append(new)
+        self._n_waiting += len(new.latent)
+        if self._n_waiting > max(len(self.best.latent), 100_000):  # sorting is paid for by as many new candidates
+            self.flush()
+
+    def flush(self) -> None:
+        best = self.best
+        for new in self._waiting:
+            best = best.join(new)
+        best = best.ordered()
         if self.one_per_image:
-            new = new.take(np.lexsort((new.token, -new.value, new.image, new.latent)))
-            first = np.ones(len(new.latent), dtype=bool)
-            first[1:] = (new.latent[1:] != new.latent[:-1]) | (new.image[1:] != new.image[:-1])
-            new = new.take(first)
-        joined = self.best.join(new).ordered()
-        self.best = joined.take(rank_in_run(joined.latent) < self.k)
+            best = best.take(first_of_each_image(best)).ordered()
+        self.best = best.take(rank_in_run(best.latent) < self.k)
         full = rank_in_run(self.best.latent) == self.k - 1
         self._floor[self.best.latent[full]] = self.best.value[full]
+        self._waiting, self._n_waiting = [], 0
 
     def columns(self) -> dict[str, NDArray[Any]]:
+        self.flush()
         best = self.best
         ranks = rank_in_run(best.latent)
         return {"latent": best.latent, "rank": ranks, "image": best.image, "token": best.token, "value": best.value}
+
+
+def first_of_each_image(ordered: Candidates) -> NDArray[np.int64]:
+    """Places of the strongest candidate of each (latent, image). `ordered` as by Candidates.ordered."""
+    by_image = np.lexsort((ordered.image, ordered.latent))  # stable: the strongest stays first within an image
+    latent, image = ordered.latent[by_image], ordered.image[by_image]
+    first = np.ones(len(by_image), dtype=bool)
+    first[1:] = (latent[1:] != latent[:-1]) | (image[1:] != image[:-1])
+    return by_image[first]
 
 
 def rank_in_run(keys: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -206,17 +224,14 @@ def build_index(codes: CodeStore, out: str | Path, *, k: int = 16, progress: Pro
     return Index.open(out)
 
 
-def candidates(codes: Codes, first_image: int, n_tokens: int, *, n_images: int = 64) -> Any:
-    """(candidates, images) of runs of `n_images` images: what bounds the index's memory."""
+def candidates(codes: Codes, first_image: int, n_tokens: int, *, n_images: int = 64) -> Iterator[tuple[Candidates, int]]:
+    """(candidates, number of images) of runs of `n_images` images: what bounds the index's memory."""
     total = codes.n // n_tokens
     for start in range(0, total, n_images):
         stop = min(start + n_images, total)
-        a, b = int(codes.offsets[start * n_tokens]), int(codes.offsets[stop * n_tokens])
-        counts = (
-            codes.offsets[start * n_tokens + 1 : stop * n_tokens + 1]
-            - codes.offsets[start * n_tokens : stop * n_tokens]
-        ).numpy()
-        rows = np.repeat(np.arange(start * n_tokens, stop * n_tokens), counts)
+        offsets = codes.offsets[start * n_tokens : stop * n_tokens + 1].numpy()
+        a, b = int(offsets[0]), int(offsets[-1])
+        rows = np.repeat(np.arange(start * n_tokens, stop * n_tokens), np.diff(offsets))
         seen = Candidates(
             latent=codes.indices[a:b].numpy(),
             value=codes.values[a:b].numpy(),

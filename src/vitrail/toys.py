@@ -2,15 +2,15 @@
 
 Every training picture is rendered when it is needed and seen once: what a toy knows, it has not memorised.
 
-    loss = CE(class)  +  mean over families CE(attribute)  +  patch_weight * BCE(share of each patch that shows a concept)
+    loss = CE(class) + mean over families CE(attribute) + patch_weight * BCE(share of each patch that shows a concept)
 
-The two auxiliary terms have linear heads on the CLS and the patch tokens, which are thrown away. They make a small model
-learn shapes in minutes, and give it reasons to keep colour, place and ground, which the classes do not ask for.
+The two auxiliary terms have linear heads on the CLS and the patch tokens, which are thrown away. They make a small
+model learn shapes in minutes, and give it reasons to keep colour, place and ground, which classes do not ask for.
 """
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class ToyRecipe:
     world: str  # spec without n and split: training reads "train", the held-out accuracy "test"
     model: Mapping[str, int] = field(default_factory=dict)  # arguments of ToyViT
     n_images: int = 240_000
-    batch_size: int = 48
+    batch_size: int = 64
     learning_rate: float = 1e-3
     warmup: float = 0.05  # share of the steps over which the learning rate rises; it then falls as a half cosine
     weight_decay: float = 0.05
@@ -45,6 +45,7 @@ class ToyRecipe:
     max_grad_norm: float = 1.0
     attribute_weight: float = 1.0
     patch_weight: float = 5.0
+    bfloat16: bool = True  # forward and backward products only; weights, sums and losses stay fp32
     seed: int = 0
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
@@ -109,8 +110,8 @@ def toy_recipe(name: str) -> ToyRecipe:
 def held_out(
     model: ToyViT,
     world: World,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: Sequence[float],
+    std: Sequence[float],
     *,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def accuracy(hits: list[bool]) -> dict[str, float | int]:
 
 
 def normalized(
-    images: UInt8[np.ndarray, "b h w 3"], mean: tuple[float, float, float], std: tuple[float, float, float]
+    images: UInt8[np.ndarray, "b h w 3"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Tensor, "b 3 h w"]:
     """What a toy is given: (pixel / 255 - mean) / std, channel by channel."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
@@ -192,10 +193,11 @@ def _fit(model: ToyViT, world: World, recipe: ToyRecipe, progress: Progress) -> 
     model.train()
     with progress.task(f"training on {world.name}", len(world), "img") as task:
         for images, labels, coverage in _training_batches(world, recipe, model.config["patch_px"]):
-            tokens = model.embed(images)
-            for block in model.blocks:
-                tokens = block(tokens)
-            tokens = model.norm(tokens)
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
+                tokens = model.embed(images)
+                for block in model.blocks:
+                    tokens = block(tokens)
+            tokens = model.norm(tokens.float())
             class_loss = torch.nn.functional.cross_entropy(model.head(tokens[:, 0]), labels)
             loss = class_loss + recipe.attribute_weight * heads.attribute_loss(tokens[:, 0], coverage)
             loss = loss + recipe.patch_weight * heads.patch_loss(tokens[:, 1:], coverage)

@@ -28,8 +28,11 @@ class SomeBad(ImageSource):
     """The pictures of another source, of which some cannot be read."""
 
     def __init__(self, source: ImageSource, bad: set[int]) -> None:
-        self.source, self.bad = source, bad
-        self.spec, self.classes = source.spec + "&bad", source.classes
+        self.source, self.bad, self.classes = source, bad, source.classes
+
+    @property
+    def spec(self):
+        return self.source.spec + "&bad"
 
     def __len__(self):
         return len(self.source)

@@ -89,6 +89,16 @@ def test_drop_last_drops_only_the_last(store):
     assert [len(batch) for batch in kept] == [300, 300]
 
 
+def test_held_out_images_are_never_read(store):
+    rows = all_rows(store)
+    kept = torch.cat(list(store.reader(POINT, batch_size=64, images=(0, 35))))
+    rest = torch.cat(list(store.reader(POINT, batch_size=64, images=(35, 50))))
+    assert torch.equal(sorted_rows(kept), sorted_rows(rows[: 35 * 17]))
+    assert torch.equal(sorted_rows(rest), sorted_rows(rows[35 * 17 :]))
+    with pytest.raises(ValueError, match=r"images must be a range within 0..50, got \(3, 51\)"):
+        store.reader(POINT, images=(3, 51))
+
+
 def test_ranks_share_an_epoch(store):
     parts = [torch.cat(list(store.reader(POINT, batch_size=50, rank=r, world_size=3, seed=2))) for r in range(3)]
     assert torch.equal(sorted_rows(torch.cat(parts)), sorted_rows(all_rows(store)))

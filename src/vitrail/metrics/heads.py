@@ -1,7 +1,7 @@
 """What turns a backbone's output into class logits: its own head, class names in words, or a fitted linear layer.
 
 A zero-shot head's cosines lie in -1..1, and a cross-entropy over them depends on the temperature: published tables mix
-unscaled cosines with the model's own scale (SPEC row 43). `logit_scale` is therefore explicit, and stored with each number.
+unscaled cosines with the model's own scale (SPEC row 43). `logit_scale` is therefore explicit, and kept with each number.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from vitrail.backbones.base import Backbone
 from vitrail.backbones.text import class_embeddings
+from vitrail.images.base import ImageSource
+from vitrail.images.loader import load_batches
+from vitrail.progress import SILENT, Progress
 
 
 @runtime_checkable
@@ -102,6 +105,32 @@ class LinearHead:
         weight[model.classes_] = coefficients / std
         bias[model.classes_] = intercept - (coefficients / std) @ mean
         return cls(weight=weight.float(), bias=bias.float())
+
+
+def fit_linear_head(
+    backbone: Backbone,
+    images: ImageSource,
+    *,
+    batch_size: int = 64,
+    n_workers: int = 0,
+    progress: Progress = SILENT,
+) -> LinearHead:
+    """A linear head on the backbone's image embeddings of these labelled images: never those that are evaluated."""
+    outputs: list[Tensor] = []
+    labels: list[int | None] = []
+    device = next(backbone.parameters()).device
+    batches = load_batches(
+        images, range(len(images)), backbone.preprocess, batch_size=batch_size, n_workers=n_workers
+    )
+    with progress.task("fit linear head", len(images), "images") as task, torch.inference_mode():
+        for batch in batches:
+            if batch.positions:
+                outputs.append(backbone(batch.images.to(device)).float().cpu())
+                labels += [images.record(position).label for position in batch.positions]
+            task.advance(len(batch.positions) + len(batch.skipped))
+    if not outputs or None in labels:
+        raise ValueError(f"a linear head is fitted on labelled images; {images.spec} has none, or some without a label.")
+    return LinearHead.fit(torch.cat(outputs).clone(), torch.tensor(labels), n_classes=len(images.classes))
 
 
 def own_head(backbone: Backbone) -> OwnHead:

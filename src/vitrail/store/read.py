@@ -119,10 +119,15 @@ class Store:
         drop_last: bool = False,
         window_bytes: int = WINDOW_BYTES,
         prefetch: int = 2,
+        images: tuple[int, int] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> "StoreReader":
-        """Batches of rows for training. Each rank of `world_size` reads its own share of every epoch's chunks."""
+        """Batches of rows for training.
+
+        `images=(a, b)` reads only image rows a..b-1, so that others stay held out; images lie in random order. The
+        statistics are the whole store's. Each rank of `world_size` reads its own share of every epoch's chunks.
+        """
         point = self.default_point(point)
         return StoreReader(
             store=self,
@@ -134,6 +139,7 @@ class Store:
             drop_last=drop_last,
             window_bytes=window_bytes,
             prefetch=prefetch,
+            images=(0, self.n_images) if images is None else images,
             rank=rank,
             world_size=world_size,
         )
@@ -182,20 +188,23 @@ class StoreReader(WindowedSource):
         drop_last: bool,
         window_bytes: int,
         prefetch: int,
+        images: tuple[int, int],
         rank: int,
         world_size: int,
     ) -> None:
         super().__init__(batch_size=batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last, prefetch=prefetch)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in 0..world_size-1={world_size - 1}, got {rank}.")
+        if not 0 <= images[0] < images[1] <= store.n_images:
+            raise ValueError(f"images must be a range within 0..{store.n_images}, got {images}.")
         self.store, self.point, self.tokens = store, point, tokens
         self.d_in = store.manifest.points[point].d_in
         self.stats = store.stats(point, tokens)
         self.n_tokens = store.tokens_per_image(point, tokens)
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size, self._images = rank, world_size, images
         self._chunks, self._chunks_per_window = self._plan(window_bytes)
-        self.n_rows = self.stats.n if world_size == 1 else self.stats.n // world_size
-        order = {"seed": seed, "shuffle": shuffle, "batch_size": batch_size, "rank": [rank, world_size]}
+        self.n_rows = (images[1] - images[0]) * self.n_tokens // world_size
+        order = {"seed": seed, "shuffle": shuffle, "batch_size": batch_size, "rank": [rank, world_size, *images]}
         self.identity = json_digest([store.digest, point, tokens, order, self._chunks_per_window, len(self._chunks)])
 
     def _plan(self, window_bytes: int) -> tuple[list[tuple[int, int, int]], int]:
@@ -203,11 +212,11 @@ class StoreReader(WindowedSource):
         rows = max(1, window_bytes // (4 * self.d_in))
         images = max(1, rows // self.n_tokens)
         size = max(1, min(images // 64, 256))
-        chunks = [
-            (index, start, min(start + size, shard.n_images))
-            for index, shard in enumerate(self.store.manifest.shards)
-            for start in range(0, shard.n_images, size)
-        ]
+        chunks, first = [], 0
+        for index, shard in enumerate(self.store.manifest.shards):
+            begin, end = max(self._images[0] - first, 0), min(self._images[1] - first, shard.n_images)
+            chunks += [(index, start, min(start + size, end)) for start in range(begin, end, size)]
+            first += shard.n_images
         if len(chunks) < self._world_size:
             raise ValueError(f"{len(chunks)} chunks of images cannot feed {self._world_size} ranks.")
         return chunks, max(1, images // size)

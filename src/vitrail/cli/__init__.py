@@ -1,0 +1,64 @@
+"""The `vitrail` command: one verb a file. A verb is imported when it is called, so that help costs nothing."""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+# verb -> what it does, in the order in which one would use them
+VERBS = {
+    "demo": "the main job from start to end, on the built-in world and model",
+    "extract": "images through a backbone: activations on disk",
+    "train": "a sparse coder on a store",
+    "encode": "every stored row into sparse codes",
+    "index": "per latent: top images and patches, density, histogram",
+    "eval": "Prisma's table of a coder, beside its controls",
+    "report": "one self-contained HTML page of a run folder",
+    "points": "the hook points of a backbone",
+    "world": "look at a built-in world",
+    "toy": "train a toy model",
+    "verify": "read every byte of a store and compare checksums",
+}
+
+# What a user can get wrong, and the machine: a sentence, not a traceback.
+EXPECTED = (ValueError, KeyError, FileNotFoundError, ImportError, ConnectionError, OSError, RuntimeError, TypeError)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return
+    verb, *rest = arguments
+    if verb == "--version":
+        from vitrail.provenance import VERSION
+
+        print(f"vitrail {VERSION}")
+        return
+    if verb not in VERBS:
+        sys.exit(f"vitrail: there is no verb {verb!r}. Verbs: {', '.join(VERBS)}.")
+    run = import_module(f"vitrail.cli.{verb}").run
+    try:
+        run(rest)
+    except KeyboardInterrupt:
+        sys.exit(f"vitrail {verb}: stopped. Run the same command again to go on where it was.")
+    except EXPECTED as error:
+        if os.environ.get("VITRAIL_DEBUG"):
+            raise
+        told = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"vitrail {verb}: {told}", file=sys.stderr)
+        sys.exit(2)
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {what}" for verb, what in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: vitrail VERB ...      (vitrail VERB --help says more)",
+            "",
+            *lines,
+            "",
+            "Every verb can be killed and run again: it goes on where it was. VITRAIL_DEBUG=1 shows tracebacks.",
+        ]
+    )

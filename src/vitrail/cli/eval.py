@@ -1,0 +1,138 @@
+"""vitrail eval"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from vitrail.backbones import Backbone, load
+from vitrail.cli.options import pick_device, pick_workers
+from vitrail.images import ImageSource, open_images
+from vitrail.metrics.heads import Head, ZeroShotHead, fit_linear_head, own_head, zero_shot_head
+from vitrail.progress import Terminal
+from vitrail.store import Store
+from vitrail.studies.first_look import control_sample, evaluate, load_coders
+from vitrail.studies.table_text import print_table
+
+
+def run(arguments: Sequence[str]) -> None:
+    tyro.cli(eval_verb, args=arguments, prog="vitrail eval")
+
+
+def eval_verb(
+    coders: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    images: str,
+    out: Path,
+    backbone: str | None = None,
+    weights: Path | None = None,
+    image_px: int | None = None,
+    head: str = "auto",
+    head_images: str | None = None,
+    templates: tuple[str, ...] = ("a photo of a {}.",),
+    logit_scale: float | None = None,
+    substitution: Literal["trained-tokens", "all-tokens"] = "trained-tokens",
+    store: Path | None = None,
+    controls: bool = True,
+    split: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+    workers: int | None = None,
+    device: str = "auto",
+) -> None:
+    """Prisma's table: one JSON row per coder and per control, with definitions, intervals and provenance.
+
+    Args:
+        coders: coder folders, all of one hook point
+        images: evaluation images, not those the coders were trained on
+        out: the .jsonl file to write
+        backbone: default: the one the coders were trained on
+        weights: a local weights file for the backbone
+        head: own, none, zero-shot (class names through the text tower), linear (fitted on --head-images), a .npy of
+            class embeddings, or auto: own where there is one and images are labelled, else none
+        head_images: labelled images to fit a linear head on
+        templates: for zero-shot class names
+        logit_scale: temperature of a zero-shot head (default: the model's own, or 100 for a .npy)
+        substitution: on the tokens a coder was trained on, or on all, as Prisma's code does
+        store: where controls are fitted (default: the store the first coder was trained on)
+    """
+    loaded, about = load_coders(list(coders), pick_device(device))
+    for needed in ("point", "tokens", "backbone"):
+        if needed not in about and not (needed == "backbone" and backbone):
+            raise ValueError(f"{coders[0]} does not say its {needed}: it was not trained by `vitrail train`.")
+    model = load(backbone or about["backbone"], weights=weights, image_px=image_px, device=pick_device(device))
+    if "backbone_digest" in about and model.digest != about["backbone_digest"]:
+        raise ValueError(
+            f"{model.name} has other weights than the coders were trained on ({model.digest[:12]}, not "
+            f"{about['backbone_digest'][:12]}). Pass the --weights that `vitrail extract` had."
+        )
+    source = open_images(images, split=split)
+    n_workers = pick_workers(workers)
+    sample = None
+    if controls:
+        fitted_on = Store.open(store or about["store"])
+        sample = control_sample(fitted_on, about["point"], about["tokens"], seed=seed).to(pick_device(device))
+    rows = evaluate(
+        out,
+        model,
+        source,
+        loaded,
+        point=about["point"],
+        tokens=about["tokens"],
+        head=pick_head(head, model, source, head_images, templates, logit_scale, n_workers),
+        control_sample=sample,
+        limit=limit,
+        substitution=substitution,
+        batch_size=batch_size,
+        n_workers=n_workers,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+        progress=Terminal(),
+    )
+    print_table(rows)
+    print(f"{len(rows)} rows in {out}")
+
+
+def pick_head(
+    head: str,
+    backbone: Backbone,
+    images: ImageSource,
+    head_images: str | None,
+    templates: Sequence[str],
+    logit_scale: float | None,
+    n_workers: int,
+) -> Head | None:
+    if head == "auto":
+        labelled = len(images) > 0 and images.record(0).label is not None
+        head = "own" if backbone.n_classes is not None and labelled else "none"
+    if head == "none":
+        return None
+    if head == "own":
+        return own_head(backbone)
+    if head == "linear":
+        if head_images is None:
+            raise ValueError("--head linear needs --head-images: labelled images, not those that are evaluated.")
+        return fit_linear_head(backbone, open_images(head_images), n_workers=n_workers, progress=Terminal())
+    if head == "zero-shot":
+        found = zero_shot_head(backbone, images.classes, templates)
+        return found if logit_scale is None else replace(found, logit_scale=logit_scale)
+    if head.endswith(".npy"):
+        return ZeroShotHead(classes=read_class_embeddings(Path(head), backbone.d_embed), logit_scale=logit_scale or 100.0)
+    raise ValueError(f"head must be auto, own, none, zero-shot, linear or a .npy file, got {head!r}.")
+
+
+def read_class_embeddings(path: Path, d_embed: int) -> torch.Tensor:
+    """(n_classes, d_embed) from a .npy of that shape or its transpose. Never unpickled."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: it should hold class embeddings.")
+    array = np.load(path, allow_pickle=False)
+    if array.ndim == 2 and array.shape[1] != d_embed and array.shape[0] == d_embed:
+        array = array.T
+    if array.ndim != 2 or array.shape[1] != d_embed:
+        raise ValueError(f"{path} has shape {array.shape}; the backbone's embeddings are {d_embed} wide.")
+    return torch.from_numpy(array.astype(np.float32))

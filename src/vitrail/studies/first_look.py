@@ -1,0 +1,234 @@
+"""The main job, start to end: from pictures to measured, visible coders.
+
+    extract -> for each coder: train -> encode -> index    -> Prisma's table with controls -> one HTML page
+
+Everything goes into one folder; each stage goes on where it was when it is run again:
+
+    OUT/store  OUT/coders/NAME  OUT/codes/NAME  OUT/index/NAME  OUT/eval.jsonl  OUT/report.html
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitrail.backbones import Backbone
+from vitrail.coders import SparseCoder, coder_metadata, load_coder, make_coder
+from vitrail.codes import CodeStore, encode
+from vitrail.files import json_digest, replacing, tensors_digest
+from vitrail.images import ImageSource, open_images
+from vitrail.index import Index, build_index
+from vitrail.metrics.heads import Head
+from vitrail.progress import SILENT, Progress
+from vitrail.store import ActivationStream, Store, extract
+from vitrail.studies.prisma_table import Row, prisma_table
+from vitrail.studies.report import Indexed, write_report
+from vitrail.train import TrainConfig, train
+
+CONTROL_ROWS = 20_000
+HELD_OUT_ROWS = 16_384
+
+
+@dataclass(frozen=True)
+class CoderPlan:
+    """A coder to train: its name in tables, its architecture, and the constructor's arguments but d_in."""
+
+    name: str
+    architecture: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    lr: float | None = None  # instead of the training config's
+
+
+def first_look(
+    backbone: Backbone,
+    out: str | Path,
+    *,
+    train_images: ImageSource,
+    eval_images: ImageSource,
+    held_out_images: ImageSource,
+    point: str,
+    plans: Sequence[CoderPlan],
+    config: TrainConfig,
+    head: Head | None,
+    tokens: str = "all",
+    batch_size: int = 4096,
+    eval_limit: int | None = None,
+    title: str = "",
+    notes: Sequence[str] = (),
+    n_workers: int = 0,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> list[dict[str, Any]]:
+    """Run every stage and write OUT/report.html. Returns the table's rows as they are in OUT/eval.jsonl.
+
+    The three image sets must not overlap: coders learn from `train_images`, inference thresholds from
+    `held_out_images`, and the table is of `eval_images`.
+    """
+    out = Path(out)
+    store = extract(
+        backbone, train_images, [point], out / "store", tokens=tokens, n_workers=n_workers, seed=seed, progress=progress
+    )
+    coders = {}
+    for plan in plans:
+        source = store.reader(point, batch_size=batch_size, seed=seed)
+        coder = make_coder(plan.architecture, d_in=source.d_in, **plan.arguments)
+        trained = train(
+            coder.to(next(backbone.parameters()).device),
+            source,
+            out / "coders" / plan.name,
+            config=config if plan.lr is None else replace(config, lr=plan.lr),
+            held_out=HeldOut(backbone, held_out_images, point, tokens, n_workers, seed),
+            metadata=coder_about(store, point, tokens),
+            progress=progress,
+        )
+        coders[plan.name] = trained.coder
+        encode_and_index(trained.coder, store, out, plan.name, progress)
+    rows = evaluate(
+        out / "eval.jsonl",
+        backbone,
+        eval_images,
+        coders,
+        point=point,
+        tokens=tokens,
+        head=head,
+        control_sample=control_sample(store, point, tokens, seed=seed),
+        limit=eval_limit,
+        n_workers=n_workers,
+        seed=seed,
+        progress=progress,
+    )
+    report_folder(out, title=title or f"{backbone.name}, {point}", notes=notes, images=train_images, progress=progress)
+    return rows
+
+
+def coder_about(store: Store, point: str, tokens: str) -> dict[str, Any]:
+    """What a saved coder must say of its data, so that it can be used on the right model at the right place."""
+    request = store.manifest.request
+    return {
+        "point": point,
+        "tokens": store.kind(point, None if tokens == "all" else tokens),
+        "store": str(store.path.resolve()),
+        "store_digest": store.digest,
+        **{name: request[name] for name in ("backbone", "backbone_digest", "images", "images_fingerprint", "preprocess")},
+    }
+
+
+class HeldOut:
+    """Activations of held-out images, about HELD_OUT_ROWS rows; made when asked for, so a finished run costs nothing."""
+
+    def __init__(
+        self, backbone: Backbone, images: ImageSource, point: str, tokens: str, n_workers: int, seed: int
+    ) -> None:
+        self._made = (backbone, images, point, tokens, n_workers, seed)
+
+    def __iter__(self) -> Iterator[Float[Tensor, "n d_in"]]:
+        backbone, images, point, tokens, n_workers, seed = self._made
+        stream = ActivationStream(
+            backbone, images, point, tokens=tokens, window_images=256, stats_images=16, n_workers=n_workers, seed=seed
+        )
+        n_rows = 0
+        for batch in stream:
+            yield batch
+            n_rows += len(batch)
+            if n_rows >= HELD_OUT_ROWS:
+                return
+
+
+def encode_and_index(coder: SparseCoder, store: Store, out: Path, name: str, progress: Progress) -> Index:
+    codes = encode(coder, store, out / "codes" / name, coder_path=out / "coders" / name, progress=progress)
+    return build_index(codes, out / "index" / name, progress=progress)
+
+
+def control_sample(
+    store: Store, point: str | None, tokens: str | None, *, seed: int, n_rows: int = CONTROL_ROWS
+) -> Float[Tensor, "n d_in"]:
+    """Training rows on which controls are fitted."""
+    reader = store.reader(point, tokens=tokens, batch_size=n_rows, seed=seed, prefetch=0)
+    return next(iter(reader))
+
+
+def evaluate(path: Path, backbone: Backbone, images: ImageSource, coders: Mapping[str, SparseCoder], **options: Any) -> list[dict[str, Any]]:
+    """Prisma's table as JSON lines in `path`. A file whose rows were measured on the same inputs is read back instead."""
+    asked = request_of(backbone, images, coders, options)
+    if path.is_file():
+        rows = read_rows(path)
+        if rows and all(row.get("request") == asked for row in rows):
+            return rows
+    table: list[Row] = prisma_table(backbone, images, coders, **options)
+    rows = [{**row.to_json(), "request": asked} for row in table]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return rows
+
+
+def request_of(
+    backbone: Backbone, images: ImageSource, coders: Mapping[str, SparseCoder], options: Mapping[str, Any]
+) -> str:
+    """A digest of everything that decides the table's numbers."""
+    sample, head = options.get("control_sample"), options.get("head")
+    plain = {k: v for k, v in options.items() if k not in ("control_sample", "head", "progress", "n_workers")}
+    return json_digest(
+        {
+            **plain,
+            "backbone": backbone.digest,
+            "images": images.fingerprint(),
+            "coders": {name: tensors_digest(coder.state_dict()) for name, coder in coders.items()},
+            "control_sample": None if sample is None else tensors_digest({"x": sample}),
+            "head": None if head is None else [head.kind, head.logit_scale, head_digest(head)],
+        }
+    )
+
+
+def head_digest(head: Head) -> str:
+    return tensors_digest({name: value for name, value in vars(head).items() if isinstance(value, torch.Tensor)})
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run `vitrail eval` first.")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def report_folder(
+    out: Path, *, title: str, notes: Sequence[str] = (), images: ImageSource | None = None, progress: Progress = SILENT
+) -> Path:
+    """The page of a run folder: its table if there is one, and every coder that has codes and an index."""
+    indexed, logs = [], {}
+    for folder in sorted((out / "index").glob("*")):
+        codes = CodeStore.open(out / "codes" / folder.name)
+        store = Store.open(out / "store") if (out / "store").is_dir() else Store.open(codes.manifest.store)
+        indexed.append(Indexed(name=folder.name, store=store, codes=codes, index=Index.open(folder)))
+        log = out / "coders" / folder.name / "log.jsonl"
+        if log.is_file():
+            logs[folder.name] = log
+    if not indexed:
+        raise ValueError(f"{out} holds no index: run `vitrail index` into {out}/index/NAME first.")
+    if images is None:
+        images = open_images(indexed[0].store.manifest.request["images"])
+    rows = read_rows(out / "eval.jsonl") if (out / "eval.jsonl").is_file() else []
+    return write_report(
+        out / "report.html",
+        title=title,
+        rows=rows,
+        indexed=indexed,
+        images=images,
+        logs=logs,
+        notes=notes,
+        progress=progress,
+    )
+
+
+def load_coders(paths: Sequence[Path], device: torch.device) -> tuple[dict[str, SparseCoder], dict[str, Any]]:
+    """Coders by folder name, and what they share: point, tokens, backbone, store. Raises ValueError if they differ."""
+    coders = {path.resolve().name: load_coder(path, device=device) for path in paths}
+    about = [coder_metadata(path) for path in paths]
+    for name in ("point", "tokens", "backbone"):
+        found = {str(one.get(name)) for one in about}
+        if len(found) > 1:
+            raise ValueError(f"these coders have different {name}s ({', '.join(sorted(found))}): evaluate them one by one.")
+    return coders, about[0]
