@@ -4,9 +4,9 @@
     extract   vitrail's `extract` to disk: hooks, token selection, cast, checksums, statistics, fsync
     early     stopping after a quarter of the blocks, against the whole model
 
-    python benchmarks/extract.py                  timm DeiT-Tiny shapes with random weights; --model vit_small_patch16_224
+    python benchmarks/extract.py                  DeiT-Tiny with random weights; --model NAME for others
 
-Rounds of the contenders alternate and the fastest round of each counts, so that what else the machine does hits all alike.
+Rounds of the contenders alternate and the fastest of each counts, so that what else the machine does hits all alike.
 """
 
 import argparse

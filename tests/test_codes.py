@@ -6,8 +6,8 @@ import torch
 
 from vitrail import codes as codes_module
 from vitrail.backbones.toy import ToyViT, wrap
-from vitrail.codes import CodeStore, encode
 from vitrail.coders import make_coder, save_coder
+from vitrail.codes import CodeStore, encode
 from vitrail.images import open_images
 from vitrail.store import extract
 

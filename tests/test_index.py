@@ -8,8 +8,8 @@ from hypothesis import given, settings
 
 from vitrail import index as index_module
 from vitrail.backbones import Grid
-from vitrail.codes import CodesManifest, CodeShard, CodeStore, _tensors
 from vitrail.coders import Codes
+from vitrail.codes import CodeShard, CodesManifest, CodeStore, _tensors
 from vitrail.files import file_digest, write_tensors
 from vitrail.index import Index, TopK, build_index, rank_in_run
 
@@ -61,7 +61,9 @@ def test_top_images_and_patches_are_those_of_the_slow_way(tmp_path_factory, seed
         top, patches = index.top_images(latent), index.top_patches(latent)
         assert list(zip(top["image"], top["token"], top["value"], strict=True)) == dense_top(z, latent, k, True)
         expected = dense_top(z[:, 1:], latent, k, False)  # token 0 is CLS: not a patch
-        assert [(i, t - 1, v) for i, t, v in zip(*(patches[c] for c in ("image", "token", "value")), strict=True)] == expected
+        assert [
+            (i, t - 1, v) for i, t, v in zip(*(patches[c] for c in ("image", "token", "value")), strict=True)
+        ] == expected
 
 
 def test_an_index_does_not_depend_on_how_codes_were_cut(tmp_path):
@@ -101,9 +103,7 @@ def test_a_full_top_k_keeps_the_earlier_image_on_a_tie():
 
 
 def candidate(value, image):
-    return index_module.Candidates(
-        np.array([0]), np.array([value], dtype=np.float32), np.array([image]), np.array([0])
-    )
+    return index_module.Candidates(np.array([0]), np.array([value], dtype=np.float32), np.array([image]), np.array([0]))
 
 
 def test_rank_in_run():

@@ -224,7 +224,9 @@ def build_index(codes: CodeStore, out: str | Path, *, k: int = 16, progress: Pro
     return Index.open(out)
 
 
-def candidates(codes: Codes, first_image: int, n_tokens: int, *, n_images: int = 64) -> Iterator[tuple[Candidates, int]]:
+def candidates(
+    codes: Codes, first_image: int, n_tokens: int, *, n_images: int = 64
+) -> Iterator[tuple[Candidates, int]]:
     """(candidates, number of images) of runs of `n_images` images: what bounds the index's memory."""
     total = codes.n // n_tokens
     for start in range(0, total, n_images):

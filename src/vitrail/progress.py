@@ -1,7 +1,7 @@
 """Long work shows how far it is, how fast it goes and how long is left.
 
-On a terminal: one live line. Elsewhere (a log file, CI): a plain line every few seconds. Library code takes a `Progress`
-and never prints by itself; `SILENT` is the default.
+On a terminal: one live line. Elsewhere (a log file, CI): a plain line every few seconds. Library code takes a
+`Progress` and never prints by itself; `SILENT` is the default.
 """
 
 import sys

@@ -47,9 +47,15 @@ class ActivationStats:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        kept = {key: value[key] for key in ("n", "mean_norm", "max_norm", "centred_norm", "centred_norm_rows")}
-        vectors = {key: torch.tensor(value[key], dtype=torch.float64) for key in ("mean", "variance")}
-        return cls(**kept, **vectors)
+        return cls(
+            n=value["n"],
+            mean=torch.tensor(value["mean"], dtype=torch.float64),
+            variance=torch.tensor(value["variance"], dtype=torch.float64),
+            mean_norm=value["mean_norm"],
+            max_norm=value["max_norm"],
+            centred_norm=value["centred_norm"],
+            centred_norm_rows=value["centred_norm_rows"],
+        )
 
     @classmethod
     def of(cls, x: Float[Tensor, "n d_in"]) -> Self:

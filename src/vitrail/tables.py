@@ -60,8 +60,10 @@ def _unmasked(values: np.ndarray) -> np.ndarray:
     if not values.mask.any():
         return values.data
     if values.dtype == object:
-        return np.where(values.mask, None, values.data)
-    return values.astype(np.float64).filled(np.nan)
+        plain = values.data.copy()
+        plain[values.mask] = None
+        return plain
+    return np.where(values.mask, np.nan, values.data.astype(np.float64))
 
 
 def _quoted(path: Path) -> str:

@@ -164,7 +164,8 @@ def test_kill_9_in_the_middle_of_a_shard_then_the_same_store(tmp_path, file_byte
             real(path, tensors)
         write.write_tensors = write_tensors
         points = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
-        extract(wrap(model, name="toy/t"), open_images("world:shapes?n=24&image_px=32"), points, out, batch_size=4, shard_images=8)
+        images = open_images("world:shapes?n=24&image_px=32")
+        extract(wrap(model, name="toy/t"), images, points, out, batch_size=4, shard_images=8)
     """)
 
     def run(out, kill_at):

@@ -106,7 +106,9 @@ def test_only_the_trained_tokens_are_measured_and_replaced(backbone, images, act
 def test_all_tokens_is_another_definition_under_its_own_tag(backbone, images, activations):
     coder = fitted("topk", activations[:, :1].flatten(0, 1), d_sae=40, k=2)
     trained = table(backbone, images, {"c": coder}, tokens="cls")["c"].measured["recon_ce"]
-    everywhere = table(backbone, images, {"c": coder}, tokens="cls", substitution="all-tokens")["c"].measured["recon_ce"]
+    everywhere = table(backbone, images, {"c": coder}, tokens="cls", substitution="all-tokens")["c"].measured[
+        "recon_ce"
+    ]
     assert everywhere.definition == "all-tokens"
     assert everywhere.value != trained.value
 

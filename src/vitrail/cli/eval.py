@@ -122,7 +122,9 @@ def pick_head(
         found = zero_shot_head(backbone, images.classes, templates)
         return found if logit_scale is None else replace(found, logit_scale=logit_scale)
     if head.endswith(".npy"):
-        return ZeroShotHead(classes=read_class_embeddings(Path(head), backbone.d_embed), logit_scale=logit_scale or 100.0)
+        return ZeroShotHead(
+            classes=read_class_embeddings(Path(head), backbone.d_embed), logit_scale=logit_scale or 100.0
+        )
     raise ValueError(f"head must be auto, own, none, zero-shot, linear or a .npy file, got {head!r}.")
 
 

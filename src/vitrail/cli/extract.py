@@ -17,8 +17,10 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def extract_verb(
-    images: Annotated[str, tyro.conf.arg(help='a folder, a .csv, a .tar, or "world:shapes?n=2000"')],
-    out: Annotated[Path, tyro.conf.arg(help="the store's folder")],
+    images: Annotated[
+        tyro.conf.Positional[str], tyro.conf.arg(help='a folder, a .csv, a .tar, or "world:shapes?n=2000"')
+    ],
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="the store's folder")],
     model: Annotated[Model, tyro.conf.arg(name="")],
     points: Annotated[tuple[str, ...], tyro.conf.arg(help="hook points; `vitrail points BACKBONE` lists them")],
     tokens: Literal["all", "spatial", "cls", "pooled"] = "all",

@@ -21,8 +21,8 @@ def points_verb(
         backbone: "toy/shapes", "timm/NAME", "open_clip/NAME", "hf/NAME" or a folder
         pretrained: fetch the weights from the hub
     """
-    keep = True if pretrained or backbone.startswith("toy/") or weights is not None else False
-    opened = load(backbone, weights=weights, image_px=image_px, pretrained=None if keep else False)
+    wanted = pretrained or backbone.startswith("toy/") or weights is not None
+    opened = load(backbone, weights=weights, image_px=image_px, pretrained=None if wanted else False)
     grid = opened.grid
     print(
         f"{opened.name}: {opened.n_layers} blocks, d_model {opened.d_model}, {grid.height} x {grid.width} patches of "

@@ -47,21 +47,24 @@ def options(coder: type[SparseCoder]) -> Any:
         ("batch_size", Annotated[int, tyro.conf.arg(help="rows per step")], dataclasses.field(default=4096)),
         ("expansion", Annotated[int, tyro.conf.arg(help="d_sae as a multiple of d_in")], dataclasses.field(default=8)),
         ("d_sae", Annotated[int | None, tyro.conf.arg(help="instead of --expansion")], dataclasses.field(default=None)),
-        ("held_out", Annotated[float, tyro.conf.arg(help="share of the images that only the threshold sees")],
-         dataclasses.field(default=0.05)),
+        (
+            "held_out",
+            Annotated[float, tyro.conf.arg(help="share of the images that only the threshold sees")],
+            dataclasses.field(default=0.05),
+        ),
         ("data_seed", Annotated[int, tyro.conf.arg(help="of the order of rows")], dataclasses.field(default=0)),
         ("device", str, dataclasses.field(default="auto")),
         ("train", tyro.conf.OmitArgPrefixes[TrainConfig], dataclasses.field(default_factory=TrainConfig)),
         ("coder", Any, dataclasses.field(default=None)),
     ]
-    arguments = [
-        (name, Annotated[parameter.annotation, tyro.conf.arg(name=name.replace("_", "-"))], parameter.default)
+    # The training config has a seed of its own, so the coder's is --coder-seed.
+    fields = [
+        ("coder_seed" if name == "seed" else name, parameter.annotation, dataclasses.field(default=parameter.default))
         for name, parameter in inspect.signature(coder).parameters.items()
         if name not in ("d_in", "d_sae")
     ]
-    fields = [(name, kind, dataclasses.field(default=default)) for name, kind, default in arguments]
     of_coder = dataclasses.make_dataclass(f"{coder.__name__}Options", fields)
-    own[-1] = ("coder", of_coder, dataclasses.field(default_factory=of_coder))
+    own[-1] = ("coder", tyro.conf.OmitArgPrefixes[of_coder], dataclasses.field(default_factory=of_coder))
     return dataclasses.make_dataclass("Options", own)
 
 
@@ -76,7 +79,8 @@ def train_verb(architecture: str, asked: Any) -> TrainResult:
     source = store.reader(point, images=(0, n_train), **read)
     held_out = store.reader(point, images=(n_train, store.n_images), **read) if n_train < store.n_images else None
     d_sae = asked.d_sae or asked.expansion * source.d_in
-    coder = make_coder(architecture, d_in=source.d_in, d_sae=d_sae, **dataclasses.asdict(asked.coder))
+    arguments = {name.removeprefix("coder_"): value for name, value in dataclasses.asdict(asked.coder).items()}
+    coder = make_coder(architecture, d_in=source.d_in, d_sae=d_sae, **arguments)
     return train(
         coder.to(pick_device(asked.device)),
         source,

@@ -1,7 +1,7 @@
 """What turns a backbone's output into class logits: its own head, class names in words, or a fitted linear layer.
 
 A zero-shot head's cosines lie in -1..1, and a cross-entropy over them depends on the temperature: published tables mix
-unscaled cosines with the model's own scale (SPEC row 43). `logit_scale` is therefore explicit, and kept with each number.
+unscaled cosines with the model's own scale (SPEC row 43). So `logit_scale` is explicit, and kept with each number.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,11 @@ from vitrail.progress import SILENT, Progress
 class Head(Protocol):
     """`logit_scale` is None where the logits are the model's own and no temperature applies."""
 
-    kind: str
-    logit_scale: float | None
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def logit_scale(self) -> float | None: ...
 
     @property
     def n_classes(self) -> int: ...
@@ -129,7 +132,7 @@ def fit_linear_head(
                 labels += [images.record(position).label for position in batch.positions]
             task.advance(len(batch.positions) + len(batch.skipped))
     if not outputs or None in labels:
-        raise ValueError(f"a linear head is fitted on labelled images; {images.spec} has none, or some without a label.")
+        raise ValueError(f"a linear head is fitted on labelled images; {images.spec} lacks some labels.")
     return LinearHead.fit(torch.cat(outputs).clone(), torch.tensor(labels), n_classes=len(images.classes))
 
 

@@ -1,13 +1,13 @@
 """How well x_hat stands for x: fraction of variance unexplained, explained variance, cosine.
 
-    FVU = sum ||x - x_hat||^2 / sum ||x - mean(x)||^2     ratio of sums over all rows of the evaluation set; 0 is perfect,
-                                                          1 is the mean predictor, no upper bound. Unit: none.
+    FVU = sum ||x - x_hat||^2 / sum ||x - mean(x)||^2     ratio of sums over all rows of the evaluation set; 0 is
+                                                          perfect, 1 the mean predictor, no upper bound. Unit: none.
     explained variance = 1 - FVU                          ViSAEBench Eq. 4; equals torchmetrics' variance-weighted R2
     cosine = mean over rows of <x, x_hat> / ||x|| ||x_hat||, each row on its own (dim=-1)
 
-Definitions (SPEC rows 39, 41): "ratio-of-sums" and "per-row" are vitrail's. Under its own tag "prisma-mean-of-ratios" stands
-what Prisma's code computes, the mean over rows of 1 - ||x - x_hat||^2 / ||x - mean||^2, which rows near the mean dominate
-(here with the evaluation set's mean where Prisma takes the batch's).
+Definitions (SPEC rows 39, 41): "ratio-of-sums" and "per-row" are vitrail's. What Prisma's code computes, the mean over rows
+of 1 - ||x - x_hat||^2 / ||x - mean||^2, is dominated by rows near the mean; it has a function and a name of its own here
+(with the evaluation set's mean where Prisma takes the batch's).
 """
 
 import numpy as np

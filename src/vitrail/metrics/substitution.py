@@ -96,7 +96,7 @@ class PerImage:
 def class_columns(
     head: Head, output: Float[Tensor, "b d"], labels: Int[Tensor, " b"]
 ) -> dict[str, Float[Tensor, " b"]]:
-    """Per image: `ce` in nats, `right` (1 where the label has the largest logit), and `ce_unscaled` at logit scale 1."""
+    """Per image: `ce` in nats, `right` (1 where the label has the largest logit), `ce_unscaled` at logit scale 1."""
     logits = head(output.double().cpu())
     columns = {
         "ce": torch.nn.functional.cross_entropy(logits, labels, reduction="none"),

@@ -203,7 +203,7 @@ class StoreReader(WindowedSource):
         self.n_tokens = store.tokens_per_image(point, tokens)
         self._rank, self._world_size, self._images = rank, world_size, images
         self._chunks, self._chunks_per_window = self._plan(window_bytes)
-        self.n_rows = (images[1] - images[0]) * self.n_tokens // world_size
+        self.n_rows: int | None = (images[1] - images[0]) * self.n_tokens // world_size
         order = {"seed": seed, "shuffle": shuffle, "batch_size": batch_size, "rank": [rank, world_size, *images]}
         self.identity = json_digest([store.digest, point, tokens, order, self._chunks_per_window, len(self._chunks)])
 

@@ -48,7 +48,7 @@ class ActivationStream(WindowedSource):
         rows = self._rows(sample)
         self.stats = ActivationStats.of(rows)
         self.d_in = rows.shape[1]
-        self.n_rows = len(images) * (len(rows) // len(sample))
+        self.n_rows: int | None = len(images) * (len(rows) // len(sample))
         order = {"seed": seed, "shuffle": shuffle, "batch_size": batch_size, "window_images": window_images}
         fingerprint = images.fingerprint()
         self.identity = json_digest([backbone.digest, fingerprint, point, self.tokens, order, image_batch])

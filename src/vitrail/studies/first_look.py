@@ -114,12 +114,15 @@ def coder_about(store: Store, point: str, tokens: str) -> dict[str, Any]:
         "tokens": store.kind(point, None if tokens == "all" else tokens),
         "store": str(store.path.resolve()),
         "store_digest": store.digest,
-        **{name: request[name] for name in ("backbone", "backbone_digest", "images", "images_fingerprint", "preprocess")},
+        **{
+            name: request[name]
+            for name in ("backbone", "backbone_digest", "images", "images_fingerprint", "preprocess")
+        },
     }
 
 
 class HeldOut:
-    """Activations of held-out images, about HELD_OUT_ROWS rows; made when asked for, so a finished run costs nothing."""
+    """Activations of held-out images, about HELD_OUT_ROWS rows; made when asked for, so that a finished run costs none."""
 
     def __init__(
         self, backbone: Backbone, images: ImageSource, point: str, tokens: str, n_workers: int, seed: int
@@ -152,8 +155,10 @@ def control_sample(
     return next(iter(reader))
 
 
-def evaluate(path: Path, backbone: Backbone, images: ImageSource, coders: Mapping[str, SparseCoder], **options: Any) -> list[dict[str, Any]]:
-    """Prisma's table as JSON lines in `path`. A file whose rows were measured on the same inputs is read back instead."""
+def evaluate(
+    path: Path, backbone: Backbone, images: ImageSource, coders: Mapping[str, SparseCoder], **options: Any
+) -> list[dict[str, Any]]:
+    """Prisma's table as JSON lines in `path`. A file of rows measured on the same inputs is read back instead."""
     asked = request_of(backbone, images, coders, options)
     if path.is_file():
         rows = read_rows(path)
@@ -195,10 +200,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def report_folder(
-    out: Path, *, title: str, notes: Sequence[str] = (), images: ImageSource | None = None, progress: Progress = SILENT
+    out: str | Path,
+    *,
+    title: str,
+    notes: Sequence[str] = (),
+    images: ImageSource | None = None,
+    progress: Progress = SILENT,
 ) -> Path:
     """The page of a run folder: its table if there is one, and every coder that has codes and an index."""
-    indexed, logs = [], {}
+    out, indexed, logs = Path(out), [], {}
     for folder in sorted((out / "index").glob("*")):
         codes = CodeStore.open(out / "codes" / folder.name)
         store = Store.open(out / "store") if (out / "store").is_dir() else Store.open(codes.manifest.store)
@@ -230,5 +240,7 @@ def load_coders(paths: Sequence[Path], device: torch.device) -> tuple[dict[str, 
     for name in ("point", "tokens", "backbone"):
         found = {str(one.get(name)) for one in about}
         if len(found) > 1:
-            raise ValueError(f"these coders have different {name}s ({', '.join(sorted(found))}): evaluate them one by one.")
+            raise ValueError(
+                f"these coders have different {name}s ({', '.join(sorted(found))}): evaluate them one by one."
+            )
     return coders, about[0]

@@ -1,8 +1,8 @@
 """Prisma's table: how well a coder stands in for a hook point, every column of SPEC rows 39-45, beside its controls.
 
 All coders at a point are measured on the same images in one pass: the clean and the zero-ablated model run once per
-batch, each coder costs one encode, one decode and the blocks after the point. Controls spend as many active latents per row
-as the coder they stand beside:
+batch, each coder costs one encode, one decode and the blocks after the point. Controls spend as many active latents per
+row as the coder they stand beside:
 
     random      unit directions drawn at random, one least-squares scale
     pca         the first k principal components of training activations: the best linear code of k numbers

@@ -1,7 +1,8 @@
 """One self-contained HTML page: the table with its controls, the training curves, and latents one can look at.
 
-Everything is inside the file: styles, pictures, curves; no script, no network. A patch heat map is laid over what the model saw
-(the pre-processed crop); moving the pointer over a picture takes the map away. Latents are chosen by a rule that the page states.
+Everything is inside the file: styles, pictures, curves; no script, no network. A patch heat map is laid over what the
+model saw (the pre-processed crop); moving the pointer over a picture takes the map away. Latents are chosen by a rule
+that the page states.
 """
 
 import base64
@@ -176,7 +177,8 @@ def latent_section(
     n_dead = int(latents["dead"].sum())
     caption = (
         f"{len(latents['latent'])} latents, {n_dead} never fired on the {one.codes.n_images} stored images. {rule} "
-        "Amber is the latent's activation patch by patch, on one scale per row of pictures; point at a picture to see it bare."
+        "Amber is the latent's activation patch by patch, on one scale per row of pictures; point at a picture to see it "
+        "bare."
     )
     return (
         f"<section><h2>Latents of {escape(one.name)}</h2>"
@@ -247,7 +249,8 @@ def latent_card(
         f"mean {latents['mean'][latent]:.3g} when active, largest {latents['max'][latent]:.3g}"
     )
     return (
-        f'<article><header><h3>latent {latent}</h3><span class="why">{escape(why)}</span>{bars(histogram, edges)}</header>'
+        f'<article><header><h3>latent {latent}</h3><span class="why">{escape(why)}</span>'
+        f"{bars(histogram, edges)}</header>"
         f'<p class="facts">{escape(facts)}{"<br>top images: " + escape(classes) if classes else ""}</p>'
         f'<div class="pictures">{pictures}</div></article>'
     )
