@@ -27,7 +27,7 @@ def demo_verb(out: Path = Path("demo"), device: str = "auto", workers: int | Non
     print_table(rows)
     first = rows[0]
     print(
-        f"{first['n_images']:,} test images the coders never saw. Each coder stands above its controls, which may spend "
+        f"{first['n_images']:,} test images that no coder saw. Each coder stands above its controls, which may spend "
         f"as many active latents.\n{time.monotonic() - began:.0f} s. The report, with the latents to look at:\n"
         f"  {(out / 'report.html').resolve()}"
     )

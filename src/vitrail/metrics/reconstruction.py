@@ -5,9 +5,9 @@
     explained variance = 1 - FVU                          ViSAEBench Eq. 4; equals torchmetrics' variance-weighted R2
     cosine = mean over rows of <x, x_hat> / ||x|| ||x_hat||, each row on its own (dim=-1)
 
-Definitions (SPEC rows 39, 41): "ratio-of-sums" and "per-row" are vitrail's. What Prisma's code computes, the mean over rows
-of 1 - ||x - x_hat||^2 / ||x - mean||^2, is dominated by rows near the mean; it has a function and a name of its own here
-(with the evaluation set's mean where Prisma takes the batch's).
+Definitions (SPEC rows 39, 41): "ratio-of-sums" and "per-row" are vitrail's. What Prisma's code computes, the mean over
+rows of 1 - ||x - x_hat||^2 / ||x - mean||^2, is dominated by rows near the mean; it has a function of its own here (with
+the evaluation set's mean where Prisma takes the batch's).
 """
 
 import numpy as np

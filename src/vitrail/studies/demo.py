@@ -25,8 +25,8 @@ PLANS = (
 )
 CONFIG = TrainConfig(epochs=4, lr=2e-3, warmup_steps=50, dead_window_rows=100_000, checkpoint_every=100, log_every=10)
 NOTES = (
-    "A vision transformer trained on a rendered world, taken apart. Every picture is drawn by a program, so what is on it "
-    "is known. The model learnt to name shape and texture; nothing told the coders of either.",
+    "A vision transformer trained on a rendered world, taken apart. Every picture is drawn by a program, so what is on "
+    "it is known. The model learnt to name shape and texture; nothing told the coders of either.",
 )
 
 

@@ -122,7 +122,7 @@ def coder_about(store: Store, point: str, tokens: str) -> dict[str, Any]:
 
 
 class HeldOut:
-    """Activations of held-out images, about HELD_OUT_ROWS rows; made when asked for, so that a finished run costs none."""
+    """Activations of held-out images, about HELD_OUT_ROWS rows; made when asked for, so a finished run costs none."""
 
     def __init__(
         self, backbone: Backbone, images: ImageSource, point: str, tokens: str, n_workers: int, seed: int

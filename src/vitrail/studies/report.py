@@ -177,8 +177,8 @@ def latent_section(
     n_dead = int(latents["dead"].sum())
     caption = (
         f"{len(latents['latent'])} latents, {n_dead} never fired on the {one.codes.n_images} stored images. {rule} "
-        "Amber is the latent's activation patch by patch, on one scale per row of pictures; point at a picture to see it "
-        "bare."
+        "Amber is the latent's activation patch by patch, on one scale per row of pictures; point at a picture to see "
+        "it bare."
     )
     return (
         f"<section><h2>Latents of {escape(one.name)}</h2>"
