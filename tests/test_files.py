@@ -41,3 +41,9 @@ def test_the_digest_sees_names_shapes_and_bytes():
     seen = {tensors_digest(t) for t in ({"a": x}, {"b": x}, {"a": x.reshape(2, 3)}, {"a": x + 1}, {"a": x.half()})}
     assert len(seen) == 5
     assert tensors_digest({"a": x, "b": x + 1}) == tensors_digest({"b": x + 1, "a": x.clone()})
+
+
+def test_files_are_as_readable_as_the_umask_has_it(tmp_path):
+    write_tensors(tmp_path / "x.safetensors", {"x": torch.ones(2)})
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -37,4 +37,25 @@ MEASURES: dict[str, Measure] = {
     "alive": Measure("alive", "", "higher", 3, "share of latents that fire at least once on the evaluation set"),
 }
 
-__all__ = ["MEASURES", "Measure", "Measured"]
+# What a table shows, in this order: FVU is 1 - EV and stays in the rows on disk.
+COLUMNS = (
+    "explained_variance",
+    "cosine",
+    "l0_tokens",
+    "l0_cls",
+    "l0_image_sum",
+    "l0_image_unique",
+    "recon_cosine",
+    "ce",
+    "recon_ce",
+    "zero_ce",
+    "ce_recovered",
+    "recon_accuracy",
+    "alive",
+    "ce_unscaled",
+    "recon_ce_unscaled",
+    "zero_ce_unscaled",
+    "ce_recovered_unscaled",
+)
+
+__all__ = ["COLUMNS", "MEASURES", "Measure", "Measured"]

@@ -6,7 +6,7 @@
     cosine = mean over rows of <x, x_hat> / ||x|| ||x_hat||, each row on its own (dim=-1)
 
 Definitions (SPEC rows 39, 41): "ratio-of-sums" and "per-row" are vitrail's. What Prisma's code computes, the mean over
-rows of 1 - ||x - x_hat||^2 / ||x - mean||^2, is dominated by rows near the mean; it has a function of its own here (with
+rows of 1 - ||x - x_hat||^2 / ||x - mean||^2, is dominated by rows near the mean; it has its own function here (with
 the evaluation set's mean where Prisma takes the batch's).
 """
 

@@ -23,7 +23,7 @@ from vitrail.codes import CodeStore
 from vitrail.files import replacing
 from vitrail.images.base import BadImage, ImageSource
 from vitrail.index import Index
-from vitrail.metrics import MEASURES
+from vitrail.metrics import COLUMNS, MEASURES
 from vitrail.progress import SILENT, Progress
 from vitrail.store.read import Store
 from vitrail.tables import Columns
@@ -79,7 +79,7 @@ def write_report(
 
 def shown_measures(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The columns that at least one row has a number for, in the table's order."""
-    return [name for name in MEASURES if any(number(row, name) is not None for row in rows)]
+    return [name for name in COLUMNS if any(number(row, name) is not None for row in rows)]
 
 
 def number(row: dict[str, Any], measure: str) -> float | None:
@@ -192,11 +192,11 @@ def choose_latents(one: Indexed, table: Columns, n: int, seed: int) -> tuple[lis
     enough = np.flatnonzero(latents["n_images_active"] >= min(16, one.codes.n_images))
     if len(enough) == 0:
         enough = np.flatnonzero(~latents["dead"])
-    labelled = table["class_name"] is not None and any(name is not None for name in table["class_name"])
     chosen: list[tuple[int, str]] = []
-    if labelled:
+    if any(name is not None for name in table["class_name"]):
         purities = class_purity(one, table, enough)
-        order = np.lexsort((enough, -latents["max"][enough], -purities))
+        # Among equals, rather one that fires on few images than one that fires on all.
+        order = np.lexsort((enough, latents["image_density"][enough], -purities))
         seen: set[str] = set()
         for i in order:
             top_class = top_classes(one, table, int(enough[i]))[0][0]
@@ -205,12 +205,11 @@ def choose_latents(one: Indexed, table: Columns, n: int, seed: int) -> tuple[lis
                 chosen.append((int(enough[i]), f"chosen: {purities[i]:.0%} of its top images are one class"))
     rest = np.setdiff1d(enough, [latent for latent, _ in chosen])
     drawn = np.random.default_rng(seed).permutation(rest)[: n - len(chosen)]
-    chosen += [(int(latent), "drawn at random") for latent in drawn]
     rule = (
-        f"Shown: {sum(why.startswith('chosen') for _, why in chosen)} with the purest top images (one per class), and "
-        f"{len(drawn)} drawn at random among those that fire on at least 16 images."
+        f"Shown: {len(chosen)} with the purest top images (one per class), and {len(drawn)} drawn at random among those that "
+        "fire on at least 16 images."
     )
-    return chosen, rule
+    return chosen + [(int(latent), "drawn at random") for latent in drawn], rule
 
 
 def class_purity(one: Indexed, table: Columns, latents: NDArray[np.int64]) -> NDArray[np.float64]:
