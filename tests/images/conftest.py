@@ -1,0 +1,1 @@
+from image_examples import specs  # noqa: F401 (a fixture)
