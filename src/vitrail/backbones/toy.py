@@ -91,8 +91,13 @@ class ToyViT(nn.Module):
             "n_heads": n_heads,
             "d_mlp": d_mlp,
             "n_classes": n_classes,
+            "stem": stem,
         }
-        self.patch_embed = nn.Conv2d(3, d_model, patch_px, stride=patch_px)
+        self.patch_embed = (
+            ToyStem(d_model=d_model, patch_px=patch_px)
+            if stem == "conv"
+            else nn.Conv2d(3, d_model, patch_px, stride=patch_px)
+        )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model))
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + (image_px // patch_px) ** 2, d_model) * 0.02)
         self.blocks = nn.ModuleList(ToyBlock(d_model=d_model, n_heads=n_heads, d_mlp=d_mlp) for _ in range(n_layers))

@@ -1,0 +1,19 @@
+"""The tables of coders. A new one is its file and its entry here; contract tests, trainer and CLI then know it."""
+
+from vitrail.coders.base import SparseCoder
+from vitrail.coders.baselines import PCA, Neurons, RandomDirections
+from vitrail.coders.batch_topk import BatchTopK
+from vitrail.coders.matryoshka import Matryoshka
+from vitrail.coders.relu import ReLU
+from vitrail.coders.topk import TopK
+
+CODERS: dict[str, type[SparseCoder]] = {coder.name: coder for coder in (ReLU, TopK, BatchTopK, Matryoshka)}
+BASELINES: dict[str, type[SparseCoder]] = {coder.name: coder for coder in (RandomDirections, PCA, Neurons)}
+
+
+def make_coder(architecture: str, **arguments: object) -> SparseCoder:
+    """A coder, or a control, by the name of its architecture."""
+    known = CODERS | BASELINES
+    if architecture not in known:
+        raise ValueError(f"there is no coder architecture {architecture!r}. Known: {', '.join(known)}.")
+    return known[architecture](**arguments)  # pyright: ignore[reportArgumentType]
