@@ -26,7 +26,7 @@ from vitrail.metrics.heads import Head, ZeroShotHead, fit_linear_head, own_head
 from vitrail.progress import Terminal
 from vitrail.studies.first_look import CoderPlan, first_look
 from vitrail.studies.table_text import print_table
-from vitrail.train import TrainConfig
+from vitrail.training import TrainConfig
 
 SHARED = Path(os.environ.get("VITRAIL_SHARED", "../shared")) / "data"
 CLIP_CONFIG = {

@@ -8,12 +8,12 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "vitrail"
 
 # Lowest first. A module may import from lower floors and from its own package; floors of two rooms never meet
-# sideways: `coders` and `train` know nothing of vision, `backbones`, `images` and `store` nothing of coders.
+# sideways: `coders` and `training` know nothing of vision, `backbones`, `images` and `store` nothing of coders.
 FLOORS = [
     {"files", "statistics", "progress", "provenance"},
     {"tables"},
     {"hooks", "images", "coders"},
-    {"backbones", "train"},
+    {"backbones", "training"},
     {"store"},
     {"codes"},
     {"index"},
@@ -21,7 +21,7 @@ FLOORS = [
     {"toys", "studies"},
     {"cli"},
 ]
-FORBIDDEN = {("coders", "images"), ("train", "hooks"), ("train", "images")}
+FORBIDDEN = {("coders", "images"), ("training", "hooks"), ("training", "images")}
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 OPTIONAL = {"timm", "open_clip", "transformers", "sklearn", "scipy", "torchvision", "matplotlib", "huggingface_hub"}
 

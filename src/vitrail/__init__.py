@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vitrail.studies.first_look import first_look
     from vitrail.studies.prisma_table import prisma_table
     from vitrail.studies.report import write_report
-    from vitrail.train import TrainConfig, train
+    from vitrail.training import TrainConfig, train
 
 _WHERE = {
     "ActivationStream": "vitrail.store",
@@ -33,7 +33,7 @@ _WHERE = {
     "SparseCoder": "vitrail.coders",
     "Store": "vitrail.store",
     "Terminal": "vitrail.progress",
-    "TrainConfig": "vitrail.train",
+    "TrainConfig": "vitrail.training",
     "build_index": "vitrail.index",
     "encode": "vitrail.codes",
     "extract": "vitrail.store",
@@ -44,7 +44,7 @@ _WHERE = {
     "open_images": "vitrail.images",
     "prisma_table": "vitrail.studies.prisma_table",
     "save_coder": "vitrail.coders",
-    "train": "vitrail.train",
+    "train": "vitrail.training",
     "write_report": "vitrail.studies.report",
 }
 
@@ -79,8 +79,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'vitrail' has no attribute {name!r}.")
-    # A package of the same name (vitrail.train, vitrail.index) becomes an attribute when it is imported: set the
-    # promised object over it, so that `from vitrail import train` is always the function.
     value = getattr(import_module(_WHERE[name]), name)
     globals()[name] = value
     return value

@@ -12,7 +12,7 @@ from vitrail.metrics.heads import own_head
 from vitrail.studies import first_look as module
 from vitrail.studies.first_look import CoderPlan, first_look, report_folder
 from vitrail.studies.report import curve, heat_map
-from vitrail.train import TrainConfig
+from vitrail.training import TrainConfig
 
 POINT = "blocks.0.hook_resid_post"
 PLANS = (

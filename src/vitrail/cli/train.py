@@ -14,7 +14,7 @@ from vitrail.coders import CODERS, SparseCoder, make_coder
 from vitrail.progress import Terminal
 from vitrail.store import Store
 from vitrail.studies.first_look import coder_about
-from vitrail.train import TrainConfig, TrainResult, train
+from vitrail.training import TrainConfig, TrainResult, train
 
 
 def run(arguments: Sequence[str]) -> None:

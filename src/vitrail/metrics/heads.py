@@ -122,9 +122,7 @@ def fit_linear_head(
     outputs: list[Tensor] = []
     labels: list[int | None] = []
     device = next(backbone.parameters()).device
-    batches = load_batches(
-        images, range(len(images)), backbone.preprocess, batch_size=batch_size, n_workers=n_workers
-    )
+    batches = load_batches(images, range(len(images)), backbone.preprocess, batch_size=batch_size, n_workers=n_workers)
     with progress.task("fit linear head", len(images), "images") as task, torch.inference_mode():
         for batch in batches:
             if batch.positions:

@@ -10,7 +10,7 @@ from vitrail.images import open_images
 from vitrail.metrics.heads import own_head
 from vitrail.progress import SILENT, Progress
 from vitrail.studies.first_look import CoderPlan, first_look
-from vitrail.train import TrainConfig
+from vitrail.training import TrainConfig
 
 POINT = "blocks.2.hook_resid_post"
 D_SAE = 1024

@@ -28,7 +28,7 @@ from vitrail.progress import SILENT, Progress
 from vitrail.store import ActivationStream, Store, extract
 from vitrail.studies.prisma_table import Row, prisma_table
 from vitrail.studies.report import Indexed, write_report
-from vitrail.train import TrainConfig, train
+from vitrail.training import TrainConfig, train
 
 CONTROL_ROWS = 20_000
 HELD_OUT_ROWS = 16_384

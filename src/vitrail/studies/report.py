@@ -206,8 +206,8 @@ def choose_latents(one: Indexed, table: Columns, n: int, seed: int) -> tuple[lis
     rest = np.setdiff1d(enough, [latent for latent, _ in chosen])
     drawn = np.random.default_rng(seed).permutation(rest)[: n - len(chosen)]
     rule = (
-        f"Shown: {len(chosen)} with the purest top images (one per class), and {len(drawn)} drawn at random among those that "
-        "fire on at least 16 images."
+        f"Shown: {len(chosen)} with the purest top images (one per class), and {len(drawn)} drawn at random among "
+        "those that fire on at least 16 images."
     )
     return chosen + [(int(latent), "drawn at random") for latent in drawn], rule
 

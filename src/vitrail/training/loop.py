@@ -24,18 +24,18 @@ from vitrail.coders import SparseCoder, Step, coder_metadata, load_coder, save_c
 from vitrail.coders.sparse import decode
 from vitrail.progress import SILENT, Progress
 from vitrail.provenance import peak_memory_mb
-from vitrail.train.checkpoint import (
+from vitrail.training.checkpoint import (
     load_optimizer,
     optimizer_tensors,
     read_checkpoint,
     remove_checkpoints,
     write_checkpoint,
 )
-from vitrail.train.config import TrainConfig, check_same_request
-from vitrail.train.log import Log
-from vitrail.train.revive import REVIVERS, DeadCounter
-from vitrail.train.schedule import learning_rate
-from vitrail.train.source import Source
+from vitrail.training.config import TrainConfig, check_same_request
+from vitrail.training.log import Log
+from vitrail.training.revive import REVIVERS, DeadCounter
+from vitrail.training.schedule import learning_rate
+from vitrail.training.source import Source
 
 ROWS_FOR_FIT = 4096  # from the front of the source, for data-dependent starting points
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vitrail.coders import SparseCoder, make_coder
-from vitrail.train import TensorSource, TrainConfig
+from vitrail.training import TensorSource, TrainConfig
 
 D_IN, D_SAE, N_STEPS, BATCH = 12, 30, 23, 32
 READ_BY_FIT = 10  # batches a fresh run reads first, for the coder's starting point: one epoch of 300 rows

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitrail.train.revive import REVIVERS
-from vitrail.train.schedule import SCHEDULES
+from vitrail.training.revive import REVIVERS
+from vitrail.training.schedule import SCHEDULES
 
 
 @dataclass(frozen=True)

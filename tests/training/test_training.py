@@ -9,9 +9,9 @@ from training_examples import BATCH, CONFIG, D_IN, N_STEPS, coder, config, rows,
 from vitrail.coders import CODERS, coder_metadata, load_coder, save_coder
 from vitrail.files import read_json
 from vitrail.statistics import ActivationStats
-from vitrail.train import Source, TensorSource, TrainConfig, read_log, train
-from vitrail.train.checkpoint import read_checkpoint
-from vitrail.train.schedule import SCHEDULES, learning_rate
+from vitrail.training import Source, TensorSource, TrainConfig, read_log, train
+from vitrail.training.checkpoint import read_checkpoint
+from vitrail.training.schedule import SCHEDULES, learning_rate
 
 
 @pytest.mark.parametrize("name", sorted(CODERS))

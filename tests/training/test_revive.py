@@ -5,8 +5,8 @@ import torch
 from training_examples import BATCH, D_IN, D_SAE, coder, config, rows, source
 
 from vitrail.coders import CODERS, Codes
-from vitrail.train import REVIVERS, TensorSource, read_log, train
-from vitrail.train.revive import AUX_WEIGHT, DeadCounter
+from vitrail.training import REVIVERS, TensorSource, read_log, train
+from vitrail.training.revive import AUX_WEIGHT, DeadCounter
 
 
 def test_a_latent_is_dead_after_a_window_of_rows_without_firing():

@@ -11,10 +11,10 @@ import pytest
 import torch
 from training_examples import ARGUMENTS, BATCH, N_STEPS, READ_BY_FIT, Killed, coder, config, rows, source, weights
 
-import vitrail.train.checkpoint as checkpoint_file
-import vitrail.train.loop as loop_file
+import vitrail.training.checkpoint as checkpoint_file
+import vitrail.training.loop as loop_file
 from vitrail.coders import CODERS, load_coder
-from vitrail.train import read_log, train
+from vitrail.training import read_log, train
 
 
 def test_every_architecture_is_tried():
@@ -106,7 +106,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
 from training_examples import InterruptedSource, coder, config, source
-from vitrail.train import train
+from vitrail.training import train
 
 class Suicidal(InterruptedSource):
     def __iter__(self):

@@ -1,0 +1,19 @@
+"""Training sparse coders."""
+
+from vitrail.training.config import TrainConfig
+from vitrail.training.log import read_log
+from vitrail.training.loop import TrainResult, train
+from vitrail.training.revive import REVIVERS
+from vitrail.training.schedule import SCHEDULES
+from vitrail.training.source import Source, TensorSource
+
+__all__ = [
+    "REVIVERS",
+    "SCHEDULES",
+    "Source",
+    "TensorSource",
+    "TrainConfig",
+    "TrainResult",
+    "read_log",
+    "train",
+]
