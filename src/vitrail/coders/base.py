@@ -112,9 +112,14 @@ class SparseCoder(nn.Module):
             raise ValueError(f"the codes have d_sae={codes.d_sae}, this coder has {self.d_sae}: another coder's codes.")
         return self.normalize.invert(decode(codes, self.W_dec) + self.b_dec, codes.shift, codes.scale)
 
-    def decode(self, z: Float[Tensor, "n d_sae"], like: Codes | None = None) -> Float[Tensor, "n d_in"]:
-        """`like`: codes of the same rows, needed only where each row is normalised by its own numbers."""
-        shift, scale = (None, None) if like is None else (like.shift, like.scale)
+    def decode(
+        self, z: Float[Tensor, "n d_sae"], like: Codes | Float[Tensor, "n d_in"] | None = None
+    ) -> Float[Tensor, "n d_in"]:
+        """`like`: codes or activations of the same rows; needed only where a row is normalised by its own numbers."""
+        if isinstance(like, Tensor):
+            _, shift, scale = self.normalize(self._checked(like))
+        else:
+            shift, scale = (None, None) if like is None else (like.shift, like.scale)
         return self.normalize.invert(z @ self.W_dec + self.b_dec, shift, scale)
 
     def forward(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
