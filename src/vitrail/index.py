@@ -12,6 +12,7 @@ earlier token, so an index does not depend on how the codes were cut into shards
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -166,11 +167,12 @@ class Index:
             raise ValueError(f"{path} is not a {FORMAT} of version {VERSION}.")
         return cls(path, manifest)
 
-    @property
+    @cached_property
     def latents(self) -> Columns:
         return read_table(self.path / "latents.parquet", order_by="latent")
 
     def top_images(self, latent: int) -> Columns:
+        """`rank`, `image` (row of the store), `token` and `value` of the images with the strongest tokens."""
         return self._top("images", latent)
 
     def top_patches(self, latent: int) -> Columns:
@@ -183,7 +185,15 @@ class Index:
     def _top(self, table: str, latent: int) -> Columns:
         if not 0 <= latent < self.manifest["d_sae"]:
             raise IndexError(f"latent must be in 0..{self.manifest['d_sae'] - 1}, got {latent}.")
-        return read_table(self.path / f"{table}.parquet", where=f"latent = {int(latent)}", order_by="rank")
+        rows = self._tops[table]
+        start, stop = np.searchsorted(rows["latent"], [latent, latent + 1])
+        return {name: values[start:stop] for name, values in rows.items()}
+
+    @cached_property
+    def _tops(self) -> dict[str, Columns]:
+        """Both tables whole: k rows a latent are little, and a page asks for many latents."""
+        order = "latent, rank"
+        return {name: read_table(self.path / f"{name}.parquet", order_by=order) for name in ("images", "patches")}
 
 
 def build_index(codes: CodeStore, out: str | Path, *, k: int = 16, progress: Progress = SILENT) -> Index:

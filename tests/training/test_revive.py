@@ -38,12 +38,16 @@ def test_auxk_equals_the_papers_formula_and_reaches_encoder_and_decoder_of_the_d
 
     # Witness: dense, over all latents, with the living masked out.
     made.zero_grad()
-    y, y_hat = step.target, step.x_hat.detach()
+    y = step.target
+    y_hat = (
+        step.codes.to_dense() @ made.W_dec + made.b_dec
+    ).detach()  # of the latents that fire, not of a larger level
     pre = (y - made.b_dec.detach()) @ made.W_enc + made.b_enc
     alone = pre.masked_fill(~dead, -torch.inf)
     kept = alone >= alone.sort(1, descending=True).values[:, D_IN // 2 - 1 : D_IN // 2]
     z = torch.where(kept, pre, 0).relu()
-    expected = AUX_WEIGHT * ((y - y_hat) - z @ made.W_dec).square().sum(1).mean()
+    share = (y - y.mean(0)).square().sum() / (y - y_hat).square().sum()
+    expected = AUX_WEIGHT * share * ((y - y_hat) - z @ made.W_dec).square().sum(1).mean()
     expected.backward()
     torch.testing.assert_close(term, expected)
     for key in ("W_enc", "b_enc", "W_dec"):
@@ -66,6 +70,18 @@ def test_with_nobody_dead_or_everybody_dead_it_is_finite():
     (step.loss + term).backward()
     assert term.isfinite()
     assert all(parameter.grad.isfinite().all() for parameter in made.parameters())
+
+
+def test_auxk_is_a_share_of_what_is_left_over():
+    """A dictionary that explains nothing of e costs 1/32 of the total variance, however small e is."""
+    made, x = fitted().double(), rows(40).double()
+    step = made.loss(x)
+    dead = torch.arange(D_SAE) % 3 == 0
+    with torch.no_grad():
+        made.W_dec[dead] = 0
+    term = REVIVERS["auxk"](made, step, dead)
+    variance = (step.target - step.target.mean(0)).square().sum(1).mean()
+    torch.testing.assert_close(term, AUX_WEIGHT * variance)
 
 
 def test_one_dead_latent_is_enough():

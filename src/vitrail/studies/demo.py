@@ -13,7 +13,7 @@ from vitrail.studies.first_look import CoderPlan, first_look
 from vitrail.training import TrainConfig
 
 POINT = "blocks.2.hook_resid_post"
-D_SAE = 1024
+D_SAE = 512
 PLANS = (
     CoderPlan("topk", "topk", {"d_sae": D_SAE, "k": 16}),
     CoderPlan("batch_topk", "batch_topk", {"d_sae": D_SAE, "k": 16}),
@@ -23,7 +23,7 @@ PLANS = (
         {"d_sae": D_SAE, "ks": (8, 16, 32, 64, 128), "inference_k": 16, "weighting": "reverse"},
     ),
 )
-CONFIG = TrainConfig(epochs=4, lr=2e-3, warmup_steps=50, dead_window_rows=100_000, checkpoint_every=100, log_every=10)
+CONFIG = TrainConfig(epochs=4, lr=2e-3, warmup_steps=50, dead_window_rows=30_000, checkpoint_every=100, log_every=10)
 NOTES = (
     "A vision transformer trained on a rendered world, taken apart. Every picture is drawn by a program, so what is on "
     "it is known. The model learnt to name shape and texture; nothing told the coders of either.",

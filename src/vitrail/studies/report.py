@@ -29,7 +29,8 @@ from vitrail.store.read import Store
 from vitrail.tables import Columns
 
 THUMB_PX = 112
-HEAT = (255, 196, 46)  # amber, like light through a pane
+SHADE = (8, 12, 24)  # over the patches where a latent is silent; where it fires they keep their own colours
+DARKEST = 0.78
 STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
 
@@ -177,7 +178,7 @@ def latent_section(
     n_dead = int(latents["dead"].sum())
     caption = (
         f"{len(latents['latent'])} latents, {n_dead} never fired on the {one.codes.n_images} stored images. {rule} "
-        "Amber is the latent's activation patch by patch, on one scale per row of pictures; point at a picture to see "
+        "Lit patches are where the latent fires, on one scale per row of pictures; point at a picture to see "
         "it bare."
     )
     return (
@@ -194,22 +195,30 @@ def choose_latents(one: Indexed, table: Columns, n: int, seed: int) -> tuple[lis
         enough = np.flatnonzero(~latents["dead"])
     chosen: list[tuple[int, str]] = []
     if any(name is not None for name in table["class_name"]):
-        purities = class_purity(one, table, enough)
+        purities = np.where(on_patches(one, enough), class_purity(one, table, enough), 0.0)
         # Among equals, rather one that fires on few images than one that fires on all.
         order = np.lexsort((enough, latents["image_density"][enough], -purities))
         seen: set[str] = set()
         for i in order:
             top_class = top_classes(one, table, int(enough[i]))[0][0]
-            if top_class not in seen and len(chosen) < n // 2:
+            if top_class not in seen and purities[i] > 0 and len(chosen) < n // 2:
                 seen.add(top_class)
                 chosen.append((int(enough[i]), f"chosen: {purities[i]:.0%} of its top images are one class"))
     rest = np.setdiff1d(enough, [latent for latent, _ in chosen])
     drawn = np.random.default_rng(seed).permutation(rest)[: n - len(chosen)]
     rule = (
-        f"Shown: {len(chosen)} with the purest top images (one per class), and {len(drawn)} drawn at random among "
-        "those that fire on at least 16 images."
+        f"Shown: {len(chosen)} of those that fire most on patches, with the purest top images (one per class), and "
+        f"{len(drawn)} drawn at random among all that fire on at least 16 images."
     )
     return chosen + [(int(latent), "drawn at random") for latent in drawn], rule
+
+
+def on_patches(one: Indexed, latents: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which latents have at least half of their top images' strongest tokens on a patch, where a map can show them."""
+    if one.codes.manifest.tokens != "all":
+        return np.ones(len(latents), dtype=bool)
+    n_special = one.store.manifest.grid.n_special
+    return np.array([(one.index.top_images(int(i))["token"] >= n_special).mean() >= 0.5 for i in latents])
 
 
 def class_purity(one: Indexed, table: Columns, latents: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -307,12 +316,16 @@ def thumbnail(store: Store, images: ImageSource, position: int) -> str | None:
 
 
 def heat_map(patches: NDArray[np.float32], scale: float) -> str:
-    """One pixel per patch, amber; opacity grows with activation / scale. The page enlarges it without smoothing."""
-    strength = np.clip(patches / max(scale, 1e-12), 0, 1)
+    """One pixel per patch; the page enlarges it without smoothing."""
     pixels = np.zeros((*patches.shape, 4), dtype=np.uint8)
-    pixels[..., :3] = HEAT
-    pixels[..., 3] = np.round(200 * np.sqrt(strength)).astype(np.uint8)
+    pixels[..., :3] = SHADE
+    pixels[..., 3] = np.round(255 * shade(patches, scale)).astype(np.uint8)
     return _data_uri(Image.fromarray(pixels, "RGBA"), "PNG")
+
+
+def shade(patches: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
+    """How dark each patch is laid over: DARKEST where nothing fires, 0 at activation `scale` and above."""
+    return DARKEST * (1 - np.sqrt(np.clip(patches / max(scale, 1e-12), 0, 1)))
 
 
 def _data_uri(image: Image.Image, kind: str, **options: Any) -> str:
