@@ -1,7 +1,7 @@
 """Draw a run's latents as one PNG: python scripts/latents_picture.py RUN CODER OUT.png
 
-A row a latent, its top pictures; patches where the latent is silent are dark. Latents are those that the report chooses for
-the purity of their top pictures.
+A row a latent, its top pictures; patches where the latent is silent are dark. Latents are those that the report chooses
+for the purity of their top pictures.
 """
 
 import sys

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# One thread a test process: tests run side by side, and sums come out in one order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

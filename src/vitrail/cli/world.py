@@ -12,7 +12,7 @@ def run(arguments: Sequence[str]) -> None:
     tyro.cli(world_verb, args=arguments, prog="vitrail world", config=(tyro.conf.PositionalRequiredArgs,))
 
 
-def world_verb(world: str = "world:shapes", out: Path = Path("world.png"), n: int = 48) -> None:
+def world_verb(world: tyro.conf.Positional[str] = "world:shapes", out: Path = Path("world.png"), n: int = 48) -> None:
     """Draw a contact sheet of a world's first pictures.
 
     Args:
