@@ -323,7 +323,7 @@ def heat_map(patches: NDArray[np.float32], scale: float) -> str:
     return _data_uri(Image.fromarray(pixels, "RGBA"), "PNG")
 
 
-def shade(patches: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
+def shade(patches: NDArray[np.float32], scale: float) -> NDArray[Any]:
     """How dark each patch is laid over: DARKEST where nothing fires, 0 at activation `scale` and above."""
     return DARKEST * (1 - np.sqrt(np.clip(patches / max(scale, 1e-12), 0, 1)))
 
