@@ -136,7 +136,7 @@ def test_a_heat_map_is_one_pixel_a_patch_and_dark_where_nothing_fires():
     image = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
     assert image.size == (2, 2)
     alpha = np.asarray(image)[..., 3]
-    assert alpha[0, 0] == round(255 * 0.78)
+    assert alpha[0, 0] == round(255 * 0.68)
     assert alpha[1, 0] == alpha[1, 1] == 0
     assert 0 < alpha[0, 1] < 100
 

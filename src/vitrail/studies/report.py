@@ -30,7 +30,7 @@ from vitrail.tables import Columns
 
 THUMB_PX = 112
 SHADE = (8, 12, 24)  # over the patches where a latent is silent; where it fires they keep their own colours
-DARKEST = 0.78
+DARKEST = 0.68
 STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
 
@@ -188,29 +188,50 @@ def latent_section(
 
 
 def choose_latents(one: Indexed, table: Columns, n: int, seed: int) -> tuple[list[tuple[int, str]], str]:
-    """Half by how well one class fills their top images, half at random: what is best, and what is usual."""
+    """Half by a rule that looks for meaning, half at random: what is best, and what is usual."""
     latents = one.index.latents
     enough = np.flatnonzero(latents["n_images_active"] >= min(16, one.codes.n_images))
     if len(enough) == 0:
         enough = np.flatnonzero(~latents["dead"])
-    chosen: list[tuple[int, str]] = []
-    if any(name is not None for name in table["class_name"]):
-        purities = np.where(on_patches(one, enough), class_purity(one, table, enough), 0.0)
-        # Among equals, rather one that fires on few images than one that fires on all.
-        order = np.lexsort((enough, latents["image_density"][enough], -purities))
-        seen: set[str] = set()
-        for i in order:
-            top_class = top_classes(one, table, int(enough[i]))[0][0]
-            if top_class not in seen and purities[i] > 0 and len(chosen) < n // 2:
-                seen.add(top_class)
-                chosen.append((int(enough[i]), f"chosen: {purities[i]:.0%} of its top images are one class"))
+    seen_on_patches = enough[on_patches(one, enough)]
+    chosen, by = purest(one, table, seen_on_patches, n // 2), "the purest top images, one per class"
+    if len(chosen) < n // 2:  # no labels, or too few pictures of a class: then by how far they rise above themselves
+        chosen, by = strongest(one, seen_on_patches, n // 2), "the largest rise above their own mean"
     rest = np.setdiff1d(enough, [latent for latent, _ in chosen])
     drawn = np.random.default_rng(seed).permutation(rest)[: n - len(chosen)]
     rule = (
-        f"Shown: {len(chosen)} of those that fire most on patches, with the purest top images (one per class), and "
-        f"{len(drawn)} drawn at random among all that fire on at least 16 images."
+        f"Shown: {len(chosen)} of those that fire most on patches, with {by}; and {len(drawn)} drawn at random among "
+        "all that fire on at least 16 images."
     )
     return chosen + [(int(latent), "drawn at random") for latent in drawn], rule
+
+
+def purest(one: Indexed, table: Columns, latents: NDArray[np.int64], n: int) -> list[tuple[int, str]]:
+    """At most n latents, each of another class, that fills at least half of their top images."""
+    if all(name is None for name in table["class_name"]):
+        return []
+    tops = {int(latent): top_classes(one, table, int(latent))[0] for latent in latents}
+    density = one.index.latents["image_density"]
+    chosen: dict[str, tuple[int, str]] = {}
+    # Among equals, rather one that fires on few images than one that fires on all.
+    for latent in sorted(tops, key=lambda latent: (-tops[latent][1], density[latent], latent)):
+        name, share = tops[latent]
+        if share >= 0.5 and len(chosen) < n:
+            chosen.setdefault(name, (latent, f"chosen: {share:.0%} of its top images are one class"))
+    return list(chosen.values())
+
+
+def strongest(one: Indexed, latents: NDArray[np.int64], n: int) -> list[tuple[int, str]]:
+    """The n latents whose last listed top image lies highest above their mean activation, of those that fire on at
+    most half of the images: what fires often at the same strength says little."""
+    rows = one.index.latents
+    rise = {
+        int(latent): float(one.index.top_images(int(latent))["value"][-1] / rows["mean"][latent])
+        for latent in latents
+        if rows["image_density"][latent] <= 0.5
+    }
+    order = sorted(rise, key=lambda latent: (-rise[latent], latent))[:n]
+    return [(latent, f"chosen: {rise[latent]:.1f} times its mean on all its top images") for latent in order]
 
 
 def on_patches(one: Indexed, latents: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -219,11 +240,6 @@ def on_patches(one: Indexed, latents: NDArray[np.int64]) -> NDArray[np.bool_]:
         return np.ones(len(latents), dtype=bool)
     n_special = one.store.manifest.grid.n_special
     return np.array([(one.index.top_images(int(i))["token"] >= n_special).mean() >= 0.5 for i in latents])
-
-
-def class_purity(one: Indexed, table: Columns, latents: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Share of each latent's top images that carry its commonest label."""
-    return np.array([top_classes(one, table, int(latent))[0][1] for latent in latents])
 
 
 def top_classes(one: Indexed, table: Columns, latent: int) -> list[tuple[str, float]]:

@@ -10,7 +10,8 @@ from rich.text import Text
 from vitrail.metrics import COLUMNS, MEASURES
 
 # What fits a line of a terminal; the report has every column.
-SHOWN = tuple(name for name in COLUMNS if name not in ("l0_image_sum", "recon_accuracy") and "unscaled" not in name)
+LEFT_OUT = ("l0_image_sum", "recon_accuracy", "ce_unscaled", "recon_ce_unscaled", "zero_ce_unscaled")
+SHOWN = tuple(name for name in COLUMNS if name not in LEFT_OUT)
 
 
 def print_table(rows: Sequence[dict[str, Any]], console: Console | None = None) -> None:
