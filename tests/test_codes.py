@@ -136,3 +136,22 @@ def test_codes_take_the_room_of_their_non_zeros(store, tmp_path):
     size = sum(shard.bytes for shard in encoded.manifest.shards)
     assert size < 6 * nnz + 8 * 343 + 3 * 400  # 4 bytes of index, 2 of value; offsets; headers
     assert np.isfinite(size)
+
+
+def test_a_shard_of_unreadable_images_has_no_rows(tmp_path):
+    from vitrail.images.base import BadImage
+
+    class FirstBad(type(open_images("world:shapes?n=12&image_px=32"))):
+        def load(self, i):
+            if i in bad:
+                raise BadImage("cut")
+            return super().load(i)
+
+    torch.manual_seed(0)
+    backbone = wrap(ToyViT(image_px=32, patch_px=8, d_model=24, n_layers=2, n_heads=2, d_mlp=32, n_classes=5), name="t")
+    bad = set(np.random.default_rng(0).permutation(12)[4:8].tolist())  # the second shard, whole
+    store = extract(backbone, FirstBad(n=12, image_px=32), [POINT], tmp_path / "s", batch_size=4, shard_images=4)
+    assert [shard.n_images for shard in store.manifest.shards] == [4, 0, 4]
+    encoded = encode(coder_for(store, k=5), store, tmp_path / "codes")
+    assert [codes.n for _, codes in encoded.shards()] == [68, 0, 68]
+    assert encoded.image(7).n == 17

@@ -131,8 +131,13 @@ class CodeStore:
 
     def token_position(self, token: int) -> int:
         """The place in the model's sequence of the token-th stored row of an image."""
-        offset = self.manifest.grid.n_special if self.manifest.tokens == "spatial" else 0
-        return token + offset
+        grid = self.manifest.grid
+        return token + (grid.n_special if self.manifest.tokens in ("spatial", "all") and self._is_patches else 0)
+
+    @property
+    def _is_patches(self) -> bool:
+        """Whether an image's rows are its patches and nothing else (also `all` of hook_embed, before CLS is added)."""
+        return self.n_tokens == self.manifest.grid.n_patches
 
 
 def encode(
@@ -167,7 +172,7 @@ def encode(
     manifest = CodesManifest(
         request=request,
         state="writing",
-        store=str(store.path),
+        store=str(store.path.resolve()),
         grid=store.manifest.grid,
         tokens=tokens,
         n_tokens=store.tokens_per_image(point, tokens),
@@ -212,7 +217,9 @@ def _encode_shards(
                     with torch.inference_mode():
                         parts.append(coder.encode_sparse(x.flatten(0, 1).to(device)).to("cpu"))
                     task.advance(len(x))
-                write_tensors(path, _tensors(Codes.cat(parts), request["dtype"]))
+                # A shard none of whose images could be read has no rows.
+                codes = Codes.cat(parts) if parts else Codes.from_dense(torch.zeros(0, coder.d_sae))
+                write_tensors(path, _tensors(codes, request["dtype"]))
             with open_tensors(path) as stored:
                 nnz = stored.get_slice("indices").get_shape()[0]
             size, digest = path.stat().st_size, file_digest(path)

@@ -199,10 +199,12 @@ class Index:
 def build_index(codes: CodeStore, out: str | Path, *, k: int = 16, progress: Progress = SILENT) -> Index:
     """Index every latent of `codes`. An index of the same codes that is already there is returned as it is."""
     out = Path(out)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}.")
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "codes": str(codes.path),
+        "codes": str(codes.path.resolve()),  # where they lay; what they are is the digest
         "codes_digest": codes.manifest.digest,
         "k": k,
         "d_sae": codes.d_sae,
@@ -211,7 +213,7 @@ def build_index(codes: CodeStore, out: str | Path, *, k: int = 16, progress: Pro
     }
     if (out / "manifest.json").exists():
         found = Index.open(out)
-        if found.manifest == manifest:
+        if all(found.manifest.get(key) == value for key, value in manifest.items() if key != "codes"):
             return found
         raise ValueError(f"{out} holds an index of other codes or another k. Choose another folder, or delete it.")
     images = TopK(d_sae=codes.d_sae, k=k, one_per_image=True)

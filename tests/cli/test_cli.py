@@ -137,3 +137,47 @@ def test_a_coder_meets_only_the_weights_it_was_trained_on(run, capsys, tmp_path)
         "--weights", tmp_path / "other.safetensors",
     )  # fmt: skip
     assert "has other weights than the coders were trained on" in told
+
+
+def test_pictures_of_other_classes_are_not_taken_for_the_heads(run, capsys, tmp_path):
+    from vitrail.images import open_images
+
+    world = open_images("world:shapes?n=6&split=test")
+    for i in range(6):
+        folder = tmp_path / "pictures" / ("apple" if i % 2 else "zebra")
+        folder.mkdir(parents=True, exist_ok=True)
+        world.load(i).save(folder / f"{i}.png")
+    told = fail(
+        capsys, "eval", run / "coders/topk", "--images", tmp_path / "pictures", "--out", tmp_path / "e", "--workers", 0
+    )
+    assert "the pictures have 2 classes and the head of toy/shapes has 48" in told
+    assert "class 0 is 'apple' here and 'plain circle' there" in told
+
+
+def test_a_split_is_remembered(run, capsys, tmp_path):
+    """The report opens the same split that was extracted."""
+    from vitrail.images import open_images
+
+    world = open_images("world:shapes?n=20&split=test")
+    for i in range(20):
+        folder = tmp_path / "pictures" / ("val" if i < 12 else "train")
+        folder.mkdir(parents=True, exist_ok=True)
+        world.load(i).save(folder / f"{i}.png")
+    out = tmp_path / "run"
+    main(
+        ["extract", str(tmp_path / "pictures"), f"{out}/store", "--split", "val", "--backbone", "toy/shapes"]
+        + ["--points", POINT, "--workers", "0", "--device", "cpu"]
+    )
+    store = Store.open(out / "store")
+    assert store.n_images == 12
+    again = open_images(store.manifest.request["images"])
+    assert [again.record(int(p)).id for p in store.images()["position"]] == store.images()["id"].tolist()
+
+
+def test_what_can_go_wrong_in_a_run_is_a_sentence(run, capsys, tmp_path):
+    told = fail(
+        capsys, "train", "relu", run / "store", tmp_path / "c", "--lr", "1e30", "--d-sae", 64, "--batch-size", 256,
+        "--epochs", 3,
+    )  # fmt: skip
+    assert "at step" in told
+    assert "k must be at least 1, got 0" in fail(capsys, "index", run / "codes/topk", tmp_path / "i", "--k", 0)

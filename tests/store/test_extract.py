@@ -272,3 +272,53 @@ def test_workers_change_nothing(backbone, pictures, tmp_path, file_bytes):
     extract(backbone, pictures, POINTS[:1], tmp_path / "b", n_workers=2, **SMALL)
     assert file_bytes(tmp_path / "a") == file_bytes(tmp_path / "b")
     assert os.path.exists(tmp_path / "a/cost.json")
+
+
+def test_a_shard_folder_that_is_gone_is_made_anew(backbone, pictures, tmp_path, file_bytes):
+    import shutil
+
+    extract(backbone, pictures, POINTS, tmp_path / "s", **SMALL)
+    before = file_bytes(tmp_path / "s")
+    shutil.rmtree(tmp_path / "s/shards/shard-00001")
+    with pytest.raises(ValueError, match="is missing"):
+        Store.open(tmp_path / "s")
+    extract(backbone, pictures, POINTS, tmp_path / "s", repair=True, **SMALL)
+    assert file_bytes(tmp_path / "s") == before
+
+
+def test_an_attempt_that_stored_nothing_does_not_block_its_folder(backbone, pictures, tmp_path):
+    with backbone.hooks({POINTS[0]: lambda x, _: x * float("nan")}), pytest.raises(ValueError, match="NaN"):
+        extract(backbone, pictures, POINTS[:1], tmp_path / "s", **SMALL)
+    assert extract(backbone, pictures, POINTS[2:], tmp_path / "s", **SMALL).points == (POINTS[2],)
+    with pytest.raises(ValueError, match="hook_embed has patch tokens only"):
+        extract(backbone, pictures, ["hook_embed"], tmp_path / "e", tokens="cls", **SMALL)
+
+
+def test_where_pictures_lie_is_not_what_they_are(backbone, pictures, tmp_path):
+    """A folder that was moved goes on; its digest is the same."""
+    import shutil
+
+    from vitrail.images import open_images
+
+    (tmp_path / "a").mkdir()
+    for i in range(6):
+        pictures.load(i).save(tmp_path / "a" / f"{i}.png")
+    first = extract(backbone, open_images(tmp_path / "a"), POINTS[:1], tmp_path / "s", **SMALL)
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    again = extract(backbone, open_images(tmp_path / "b"), POINTS[:1], tmp_path / "s", **SMALL)
+    assert again.digest == first.digest
+    other = extract(backbone, open_images(tmp_path / "b"), POINTS[:1], tmp_path / "t", **SMALL)
+    assert other.digest == first.digest
+
+
+def test_a_model_without_special_tokens_reads_all_as_spatial(pictures, tmp_path):
+    import timm
+
+    from vitrail.backbones.timm import wrap
+
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_base_patch16_siglip_224", pretrained=False, img_size=32, embed_dim=24, depth=2, num_heads=2, num_classes=0
+    )
+    store = extract(wrap(model, name="timm/siglip"), pictures, ["blocks.0.hook_resid_post"], tmp_path / "s", limit=8)
+    assert store.reader(tokens="spatial").stats.n == store.reader(tokens="all").stats.n == 8 * 4

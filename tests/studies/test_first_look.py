@@ -145,3 +145,76 @@ def test_a_curve_falls_where_its_numbers_fall():
     points = re.search(r'points="([^"]+)"', curve([(0, 1.0), (10, 0.1), (20, 0.01)])).group(1).split()
     ys = [float(point.split(",")[1]) for point in points]
     assert ys[0] < ys[1] < ys[2]  # an SVG's y grows downwards
+
+
+def test_a_page_never_shows_other_pictures_or_another_stores_codes(run, tmp_path):
+    import shutil
+
+    out, _ = run
+    with pytest.raises(ValueError, match="holds other pictures than the store was made of"):
+        report_folder(out, title="t", images=open_images("world:shapes?n=60&image_px=32&seed=9"))
+    shutil.copytree(out, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy/store")
+    other = look(tmp_path / "other", seed=5)
+    assert other
+    shutil.copytree(tmp_path / "other/store", tmp_path / "copy/store")
+    with pytest.raises(ValueError, match="are codes of another store"):
+        report_folder(tmp_path / "copy", title="t")
+    shutil.copytree(tmp_path / "other/codes", tmp_path / "copy/codes", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="is an index of other codes"):
+        report_folder(tmp_path / "copy", title="t")
+
+
+def test_rows_are_read_back_only_for_the_same_coders(tmp_path, run):
+    """Two Matryoshkas of the same weights differ in nothing but the k they are used at."""
+    from vitrail.coders import make_coder
+    from vitrail.studies.first_look import evaluate
+
+    torch.manual_seed(0)
+    backbone = wrap(
+        ToyViT(image_px=32, patch_px=8, d_model=24, n_layers=2, n_heads=2, d_mlp=32, n_classes=48), name="t"
+    )
+    images = open_images("world:shapes?n=12&image_px=32&split=test")
+
+    def at(k, **options):
+        coder = make_coder("matryoshka", d_in=24, d_sae=48, ks=[4, 8], inference_k=k, normalization="none")
+        settings = dict(point=POINT, tokens="all", head=None, control_sample=None, **options)
+        return evaluate(tmp_path / "eval.jsonl", backbone, images, {"m": coder}, **settings)[0]["measured"]["l0_tokens"]
+
+    assert at(4)["value"] == 4
+    with pytest.raises(ValueError, match="holds rows of another evaluation"):
+        at(8)
+    assert at(8, replace_rows=True)["value"] == 8
+    (tmp_path / "eval.jsonl").write_text("not a table")
+    with pytest.raises(ValueError, match="is not a table that `vitrail eval` wrote"):
+        at(8)
+
+
+def test_two_coders_of_one_name_are_refused(run, tmp_path):
+    import shutil
+
+    from vitrail.studies.first_look import load_coders
+
+    shutil.copytree(run[0] / "coders/topk", tmp_path / "topk")
+    with pytest.raises(ValueError, match="two coders are called 'topk'"):
+        load_coders([run[0] / "coders/topk", tmp_path / "topk"], torch.device("cpu"))
+
+
+def test_a_coder_that_never_fires_still_has_a_page(tmp_path):
+    from vitrail.coders import make_coder
+    from vitrail.codes import encode
+    from vitrail.index import build_index
+    from vitrail.store import extract
+
+    torch.manual_seed(0)
+    backbone = wrap(
+        ToyViT(image_px=32, patch_px=8, d_model=24, n_layers=2, n_heads=2, d_mlp=32, n_classes=48), name="t"
+    )
+    store = extract(backbone, open_images("world:shapes?n=20&image_px=32"), [POINT], tmp_path / "store")
+    coder = make_coder("relu", d_in=24, d_sae=16, normalization="none")
+    with torch.no_grad():
+        coder.b_enc.fill_(-1e6)
+    build_index(encode(coder, store, tmp_path / "codes/mute"), tmp_path / "index/mute")
+    page = report_folder(tmp_path, title="t").read_text(encoding="utf-8")
+    assert "16 latents, 16 never fired" in page
+    assert "0 drawn at random among all that fire at all" in page

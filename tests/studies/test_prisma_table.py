@@ -163,3 +163,24 @@ def test_wrong_widths_and_labels_say_so(backbone, images, activations):
         table(few, images, {"c": identity(activations.flatten(0, 1))}, head=own_head(few))
     with pytest.raises(ValueError, match="substitution must be one of"):
         table(backbone, images, {"c": identity(activations.flatten(0, 1))}, substitution="some")
+
+
+@pytest.mark.parametrize("tokens", ["spatial", "pooled"])
+def test_the_embedding_before_cls_has_patches_only(backbone, images, tokens):
+    batch = next(load_batches(images, range(30), backbone.preprocess, batch_size=30))
+    with torch.inference_mode():
+        x = backbone.activations(batch.images, ["hook_embed"])["hook_embed"].clone()
+    rows = x.flatten(0, 1) if tokens == "spatial" else x.mean(1)
+    row = table(backbone, images, {"id": identity(rows)}, point="hook_embed", tokens=tokens)["id"]
+    assert row.measured["recon_cosine"].value == pytest.approx(1, abs=1e-5)
+    assert row.measured["recon_ce"].value == pytest.approx(row.measured["ce"].value, abs=1e-4)
+    if tokens == "pooled":
+        with pytest.raises(ValueError, match="there are no other tokens for substitution='all-tokens'"):
+            table(
+                backbone, images, {"id": identity(rows)}, point="hook_embed", tokens=tokens, substitution="all-tokens"
+            )
+
+
+def test_a_limit_below_one_says_so(backbone, images, activations):
+    with pytest.raises(ValueError, match="limit must be at least 1, got -3"):
+        table(backbone, images, {"id": identity(activations.flatten(0, 1))}, limit=-3)

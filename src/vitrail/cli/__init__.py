@@ -21,7 +21,7 @@ VERBS = {
 }
 
 # What a user can get wrong, and the machine: a sentence, not a traceback.
-EXPECTED = (ValueError, KeyError, FileNotFoundError, ImportError, ConnectionError, OSError, RuntimeError, TypeError)
+EXPECTED = (ValueError, LookupError, ArithmeticError, ImportError, OSError, RuntimeError, TypeError)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """vitrail eval"""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -113,11 +114,15 @@ def pick_head(
     if head == "none":
         return None
     if head == "own":
-        return own_head(backbone)
+        own = own_head(backbone)
+        check_classes(images.classes, backbone.class_names, f"the head of {backbone.name}")
+        return own
     if head == "linear":
         if head_images is None:
             raise ValueError("--head linear needs --head-images: labelled images, not those that are evaluated.")
-        return fit_linear_head(backbone, open_images(head_images), n_workers=n_workers, progress=Terminal())
+        fitted_on = open_images(head_images)
+        check_classes(images.classes, fitted_on.classes, head_images)
+        return fit_linear_head(backbone, fitted_on, n_workers=n_workers, progress=Terminal())
     if head == "zero-shot":
         found = zero_shot_head(backbone, images.classes, templates)
         return found if logit_scale is None else replace(found, logit_scale=logit_scale)
@@ -126,6 +131,21 @@ def pick_head(
             classes=read_class_embeddings(Path(head), backbone.d_embed), logit_scale=logit_scale or 100.0
         )
     raise ValueError(f"head must be auto, own, none, zero-shot, linear or a .npy file, got {head!r}.")
+
+
+def check_classes(images: Sequence[str], head: Sequence[str], whose: str) -> None:
+    """Labels meet classes by number. Raises ValueError where the numbers are plainly those of other classes: another
+    count under other names. Where only the names differ (synonyms), says what is assumed.
+    """
+    if not images or not head or list(images) == list(head):
+        return
+    example = f"class 0 is {images[0]!r} here and {head[0]!r} there"
+    if len(images) != len(head):
+        raise ValueError(
+            f"the pictures have {len(images)} classes and {whose} has {len(head)}: {example}. Use a CSV whose labels "
+            "are that head's class numbers, all of its classes named or none; or another --head."
+        )
+    print(f"note: labels are taken as class numbers of {whose}; names differ: {example}.", file=sys.stderr)
 
 
 def read_class_embeddings(path: Path, d_embed: int) -> torch.Tensor:

@@ -48,8 +48,12 @@ def open_images(spec: str | Path, *, split: str | None = None) -> ImageSource:
     "photos@0:0.8" is a part of any of these: parts with other ranges share no picture (part.py).
 
     `split` keeps the pictures of one split, where the source knows of splits; a world renders that split.
+    "photos#split=val" is the same in one word.
     """
     text = str(spec)
+    before, marked, named = text.rpartition("#split=")
+    if marked and not Path(text).exists():
+        return open_images(before, split=named)
     part = split_spec(text)
     if part is not None and not Path(text).exists():
         whole, start, stop = part

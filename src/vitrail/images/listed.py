@@ -1,5 +1,6 @@
 """A source whose pictures are all listed when it is opened: what folders, tables and tars have in common."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ class ListedImages(ImageSource):
 
     @property
     def spec(self) -> str:
-        return self._spec
+        """Absolute, with the split: what opens the same pictures from any folder."""
+        return os.path.abspath(self._spec) + (f"#split={self.split}" if self.split else "")
 
     def __len__(self) -> int:
         return len(self._entries)

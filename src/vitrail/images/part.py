@@ -41,7 +41,7 @@ class PartOfImages(ImageSource):
 
     @property
     def spec(self) -> str:
-        return f"{self.whole.spec}@{self.start:g}:{self.stop:g}"
+        return f"{self.whole.spec}@{self.start!r}:{self.stop!r}"
 
     def __len__(self) -> int:
         return len(self._positions)

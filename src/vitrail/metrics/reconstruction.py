@@ -26,7 +26,7 @@ class Reconstruction:
     """
 
     def __init__(self, shift: Float[Tensor, " d_in"]) -> None:
-        self._shift = shift.double()
+        self._shift = shift.double().cpu()
         self._squared_error: list[Tensor] = []
         self._square: list[Tensor] = []
         self._sum: list[Tensor] = []

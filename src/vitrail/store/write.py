@@ -87,9 +87,11 @@ def extract(
         "seed": seed,
     }
     manifest = begin(out, request, backbone, order)
-    if repair and remove_damaged_shards(out):
+    if repair:
+        # First the state, then the shards: a kill in between leaves a store that knows it is unfinished.
         manifest = replace(manifest, state="writing")
         manifest.write(out)
+        remove_damaged_shards(out)
     if manifest.state == "complete":
         return Store.open(out)
     extraction = Extraction(backbone, images, out, request, order, n_workers, progress)
@@ -111,6 +113,8 @@ def check_request(backbone: Backbone, points: Sequence[str], tokens: str, dtype:
         backbone.point(point)  # raises KeyError naming the nearest
     if tokens in ("cls", "spatial"):
         backbone.grid.tokens(tokens)  # raises ValueError where the model has no CLS token
+    if tokens == "cls" and "hook_embed" in points:
+        raise ValueError("hook_embed has patch tokens only, no CLS token. Ask for tokens='spatial'.")
 
 
 def permuted_positions(n_images: int, seed: int, limit: int | None) -> list[int]:
@@ -123,7 +127,11 @@ def begin(out: Path, request: dict[str, Any], backbone: Backbone, order: list[in
     """The manifest of a new store, or of the one that is already there if it answers the same request."""
     if (out / "manifest.json").exists():
         manifest = Manifest.read(out)
-        differing = [key for key in request if manifest.request.get(key) != request[key]]
+        # Where pictures lie may change; what they are is in the fingerprint.
+        differing = [key for key in request if key != "images" and manifest.request.get(key) != request[key]]
+        if differing and manifest.state == "writing" and not any((out / "shards").glob("shard-*")):
+            shutil.rmtree(out)  # an attempt that stored nothing, for example at a point without CLS: nothing is lost
+            return begin(out, request, backbone, order)
         if differing:
             told = "; ".join(
                 f"{k}: there {_short(manifest.request.get(k))}, asked {_short(request[k])}" for k in differing
@@ -334,6 +342,8 @@ def merged_stats(out: Path, manifest: Manifest, records: list[dict[str, Any]]) -
                 groups.setdefault(name, Moments()).merge(moments)
                 whole.merge(moments)
         wanted = {stored.tokens: whole} | {name: m for name, m in groups.items() if name in ("cls", "spatial")}
+        if stored.tokens == "all" and stored.n_tokens == manifest.grid.n_patches:  # a model without special tokens
+            wanted["spatial"] = whole
         stats[point] = {}
         for kind, moments in wanted.items():
             sample = sample_rows(out, manifest, point, kind)

@@ -25,6 +25,7 @@ from vitrail.images import ImageSource, open_images
 from vitrail.index import Index, build_index
 from vitrail.metrics.heads import Head
 from vitrail.progress import SILENT, Progress
+from vitrail.provenance import VERSION
 from vitrail.store import ActivationStream, Store, extract
 from vitrail.studies.prisma_table import Row, prisma_table
 from vitrail.studies.report import Indexed, write_report
@@ -93,6 +94,7 @@ def first_look(
         backbone,
         eval_images,
         coders,
+        replace_rows=True,
         point=point,
         tokens=tokens,
         head=head,
@@ -156,14 +158,24 @@ def control_sample(
 
 
 def evaluate(
-    path: Path, backbone: Backbone, images: ImageSource, coders: Mapping[str, SparseCoder], **options: Any
+    path: Path,
+    backbone: Backbone,
+    images: ImageSource,
+    coders: Mapping[str, SparseCoder],
+    *,
+    replace_rows: bool = False,
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """Prisma's table as JSON lines in `path`. A file of rows measured on the same inputs is read back instead."""
+    """Prisma's table as JSON lines in `path`. A file of rows measured on the same inputs is read back instead; one of
+    other rows is refused, unless `replace_rows`.
+    """
     asked = request_of(backbone, images, coders, options)
     if path.is_file():
         rows = read_rows(path)
         if rows and all(row.get("request") == asked for row in rows):
             return rows
+        if rows and not replace_rows:
+            raise ValueError(f"{path} holds rows of another evaluation. Choose another file, or delete it.")
     table: list[Row] = prisma_table(backbone, images, coders, **options)
     rows = [{**row.to_json(), "request": asked} for row in table]
     with replacing(path) as temporary:
@@ -180,9 +192,10 @@ def request_of(
     return json_digest(
         {
             **plain,
-            "backbone": backbone.digest,
+            "backbone": [backbone.digest, backbone.preprocess.to_json()],
             "images": images.fingerprint(),
-            "coders": {name: tensors_digest(coder.state_dict()) for name, coder in coders.items()},
+            "coders": {n: [c.name, c.config, tensors_digest(c.state_dict())] for n, c in coders.items()},
+            "vitrail": VERSION,
             "control_sample": None if sample is None else tensors_digest({"x": sample}),
             "head": None if head is None else [head.kind, head.logit_scale, head_digest(head)],
         }
@@ -196,7 +209,10 @@ def head_digest(head: Head) -> str:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run `vitrail eval` first.")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a table that `vitrail eval` wrote: {error}.") from error
 
 
 def report_folder(
@@ -210,16 +226,26 @@ def report_folder(
     """The page of a run folder: its table if there is one, and every coder that has codes and an index."""
     out, indexed, logs = Path(out), [], {}
     for folder in sorted((out / "index").glob("*")):
-        codes = CodeStore.open(out / "codes" / folder.name)
-        store = Store.open(out / "store") if (out / "store").is_dir() else Store.open(codes.manifest.store)
-        indexed.append(Indexed(name=folder.name, store=store, codes=codes, index=Index.open(folder)))
+        codes, index = CodeStore.open(out / "codes" / folder.name), Index.open(folder)
+        store = Store.open(out / "store" if (out / "store").is_dir() else codes.manifest.store)
+        if codes.manifest.request["store_digest"] != store.digest:
+            raise ValueError(f"{codes.path} are codes of another store than {store.path}. Encode again.")
+        if index.manifest["codes_digest"] != codes.manifest.digest:
+            raise ValueError(f"{folder} is an index of other codes than {codes.path}. Index again.")
+        indexed.append(Indexed(name=folder.name, store=store, codes=codes, index=index))
         log = out / "coders" / folder.name / "log.jsonl"
         if log.is_file():
             logs[folder.name] = log
     if not indexed:
         raise ValueError(f"{out} holds no index: run `vitrail index` into {out}/index/NAME first.")
+    request = indexed[0].store.manifest.request
     if images is None:
-        images = open_images(indexed[0].store.manifest.request["images"])
+        images = open_images(request["images"])
+    if images.fingerprint() != request["images_fingerprint"]:
+        raise ValueError(
+            f"{images.spec} holds other pictures than the store was made of: captions would stand under the wrong "
+            "ones. Say with --images where the old ones are, or extract again."
+        )
     rows = read_rows(out / "eval.jsonl") if (out / "eval.jsonl").is_file() else []
     return write_report(
         out / "report.html",
@@ -235,9 +261,12 @@ def report_folder(
 
 def load_coders(paths: Sequence[Path], device: torch.device) -> tuple[dict[str, SparseCoder], dict[str, Any]]:
     """Coders by folder name, and what they share: point, tokens, backbone, store. Raises ValueError if they differ."""
-    coders = {path.resolve().name: load_coder(path, device=device) for path in paths}
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two coders are called {max(names, key=names.count)!r}: give their folders different names.")
+    coders = {name: load_coder(path, device=device) for name, path in zip(names, paths, strict=True)}
     about = [coder_metadata(path) for path in paths]
-    for name in ("point", "tokens", "backbone"):
+    for name in ("point", "tokens", "backbone", "backbone_digest"):
         found = {str(one.get(name)) for one in about}
         if len(found) > 1:
             raise ValueError(

@@ -36,7 +36,7 @@ from vitrail.metrics.sparsity import Sparsity
 from vitrail.metrics.substitution import PerImage, Rerun, class_columns, image_cosine, substitution_metrics
 from vitrail.progress import SILENT, Progress
 from vitrail.provenance import peak_memory_mb, provenance
-from vitrail.store.tokens import select_tokens, stored_kind
+from vitrail.store.tokens import patch_slice, select_tokens, stored_kind
 
 SUBSTITUTIONS = ("trained-tokens", "all-tokens")
 
@@ -104,6 +104,8 @@ class Table:
         self.backbone, self.point, self.head = backbone, point, head
         self.tokens = stored_kind(tokens, has_tokens=backbone.point(point).has_tokens)
         self.whole = substitution == "all-tokens"
+        if self.whole and self.tokens == "pooled":
+            raise ValueError("pooled rows are one per image: there are no other tokens for substitution='all-tokens'.")
         self.clean, self.zeroed = PerImage(), PerImage()
         self.coders, self._at_most, self._shift = coders, at_most, shift
         self.measurements: dict[str, Measurement] = {}
@@ -147,9 +149,10 @@ class Table:
         grid = self.backbone.grid
         if self.tokens == "pooled":
             # A pooled row stands for all patches: moving their mean moves each of them alike.
-            patches = activation[:, grid.tokens("spatial")]
+            where = patch_slice(grid, activation.shape[1])
+            patches = activation[:, where]
             moved = activation.clone()
-            moved[:, grid.tokens("spatial")] = patches + (rows.to(activation) - patches.mean(1, keepdim=True))
+            moved[:, where] = patches + (rows.to(activation) - patches.mean(1, keepdim=True))
             return moved
         if self.whole:
             return torch.zeros_like(activation) if by is None else everywhere(by, activation)
@@ -190,11 +193,14 @@ def prisma_table(
     """
     if substitution not in SUBSTITUTIONS:
         raise ValueError(f"substitution must be one of {', '.join(SUBSTITUTIONS)}, got {substitution!r}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}.")
     everyone: dict[str, SparseCoder] = dict(coders)
     control_of: dict[str, str | None] = dict.fromkeys(coders)
     at_most: dict[str, int | None] = dict.fromkeys(coders)
     shift = torch.zeros(next(iter(coders.values())).d_in)
     if control_sample is not None:
+        control_sample = control_sample.to(next(iter(coders.values())).W_dec)
         shift = control_sample.double().mean(0)
         everyone = {}
         for name, coder in coders.items():

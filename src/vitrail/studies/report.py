@@ -104,8 +104,8 @@ def metric_table(rows: Sequence[dict[str, Any]]) -> str:
     first = rows[0]
     caption = (
         f"{first['backbone']}, {first['point']}, tokens: {first['tokens']}; {first['n_images']} evaluation images. "
-        "Under each coder, its controls at the same number of active latents. Small figures: 95 % bootstrap interval "
-        "over images. Point at a column's name for its definition."
+        "Under each coder, its controls, which may spend as many latents a row as it did on training rows, rounded up. "
+        "Small figures: 95 % bootstrap interval over images. Point at a column's name for its definition."
     )
     return (
         f'<section><h2>Measures, each beside its control</h2><p class="caption">{escape(caption)}</p><div class="wide">'
@@ -124,7 +124,7 @@ def _cell(row: dict[str, Any], measure: str) -> str:
     digits = MEASURES[measure].digits
     interval = ""
     if measured["low"] is not None:
-        interval = f"<small>{measured['low']:.{digits}f}–{measured['high']:.{digits}f}</small>"
+        interval = f"<small>{measured['low']:.{digits}f} to {measured['high']:.{digits}f}</small>"
     about = f"definition {measured['definition']}, n = {measured['n']}"
     return f'<td title="{escape(about)}">{measured["value"]:.{digits}f}{interval}</td>'
 
@@ -190,19 +190,18 @@ def latent_section(
 def choose_latents(one: Indexed, table: Columns, n: int, seed: int) -> tuple[list[tuple[int, str]], str]:
     """Half by a rule that looks for meaning, half at random: what is best, and what is usual."""
     latents = one.index.latents
-    enough = np.flatnonzero(latents["n_images_active"] >= min(16, one.codes.n_images))
+    enough, of_which = np.flatnonzero(latents["n_images_active"] >= 16), "all that fire on at least 16 images"
     if len(enough) == 0:
-        enough = np.flatnonzero(~latents["dead"])
+        enough, of_which = np.flatnonzero(~latents["dead"]), "all that fire at all"
     seen_on_patches = enough[on_patches(one, enough)]
     chosen, by = purest(one, table, seen_on_patches, n // 2), "the purest top images, one per class"
     if len(chosen) < n // 2:  # no labels, or too few pictures of a class: then by how far they rise above themselves
         chosen, by = strongest(one, seen_on_patches, n // 2), "the largest rise above their own mean"
     rest = np.setdiff1d(enough, [latent for latent, _ in chosen])
     drawn = np.random.default_rng(seed).permutation(rest)[: n - len(chosen)]
-    rule = (
-        f"Shown: {len(chosen)} of those that fire most on patches, with {by}; and {len(drawn)} drawn at random among "
-        "all that fire on at least 16 images."
-    )
+    rule = f"Shown: {len(drawn)} drawn at random among {of_which}."
+    if chosen:
+        rule = f"Shown: {len(chosen)} of those that fire most on patches, with {by}; and {rule.removeprefix('Shown: ')}"
     return chosen + [(int(latent), "drawn at random") for latent in drawn], rule
 
 
@@ -236,10 +235,10 @@ def strongest(one: Indexed, latents: NDArray[np.int64], n: int) -> list[tuple[in
 
 def on_patches(one: Indexed, latents: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which latents have at least half of their top images' strongest tokens on a patch, where a map can show them."""
-    if one.codes.manifest.tokens != "all":
+    if one.codes.manifest.tokens != "all" or one.codes.token_position(0) > 0:
         return np.ones(len(latents), dtype=bool)
     n_special = one.store.manifest.grid.n_special
-    return np.array([(one.index.top_images(int(i))["token"] >= n_special).mean() >= 0.5 for i in latents])
+    return np.array([(one.index.top_images(int(i))["token"] >= n_special).mean() >= 0.5 for i in latents], dtype=bool)
 
 
 def top_classes(one: Indexed, table: Columns, latent: int) -> list[tuple[str, float]]:
