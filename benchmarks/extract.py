@@ -1,15 +1,17 @@
 """What extraction costs over the bare model, in one run, as ratios.
 
-    bare      the library's own blocks called one after the other on the same images (no vitrail)
+    bare      the same pictures through the same loader and the library's own blocks, one after the other: no vitrail
+              after the loader, nothing kept
     extract   vitrail's `extract` to disk: hooks, token selection, cast, checksums, statistics, fsync
     early     stopping after a quarter of the blocks, against the whole model
 
     python benchmarks/extract.py                  DeiT-Tiny with random weights; --model NAME for others
 
-Rounds of the contenders alternate and the fastest of each counts, so that what else the machine does hits all alike.
+Rounds of the contenders are shuffled and the fastest of each counts, so that what else the machine does hits all alike.
 """
 
 import argparse
+import random
 import shutil
 import tempfile
 import time
@@ -21,6 +23,7 @@ from PIL import Image
 
 from vitrail.backbones import load
 from vitrail.images.base import ImageRecord, ImageSource
+from vitrail.images.loader import load_batches
 from vitrail.store import extract
 
 
@@ -61,21 +64,30 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=1)
     asked = parser.parse_args()
 
     torch.manual_seed(0)
     backbone = load(f"timm/{asked.model}", pretrained=False)
-    images = Noise(asked.images, backbone.preprocess.image_px[0])
-    pixels = backbone.preprocess(images.load(0)).expand(asked.batch, -1, -1, -1).contiguous()
     n, quarter = backbone.n_layers, backbone.n_layers // 4
+    images = Noise(asked.images, backbone.preprocess.resize_px[0])
+    pixels = backbone.preprocess(images.load(0)).expand(asked.batch, -1, -1, -1).contiguous()
     scratch = Path(tempfile.mkdtemp(prefix="vitrail-bench-"))
 
     @torch.inference_mode()
-    def bare(n_blocks: int) -> None:
-        for _ in range(asked.images // asked.batch):
-            tokens = backbone.embed(pixels)
-            for block in list(backbone.blocks)[:n_blocks]:
+    def from_loader() -> None:
+        batches = load_batches(
+            images, range(asked.images), backbone.preprocess, batch_size=asked.batch, n_workers=asked.workers
+        )
+        for batch in batches:
+            tokens = backbone.embed(batch.images)
+            for block in backbone.blocks:
                 tokens = block(tokens)
+
+    def to_disk() -> None:
+        shutil.rmtree(scratch, ignore_errors=True)
+        point = f"blocks.{n - 1}.hook_resid_post"
+        extract(backbone, images, [point], scratch, batch_size=asked.batch, n_workers=asked.workers)
 
     @torch.inference_mode()
     def whole() -> None:
@@ -87,34 +99,28 @@ def main() -> None:
         for _ in range(asked.images // asked.batch):
             backbone.activations(pixels, [f"blocks.{layer}.hook_resid_post"])
 
-    def to_disk(layer: int) -> None:
-        shutil.rmtree(scratch, ignore_errors=True)
-        # Decoding in a worker, as in use: one process reads while the other computes.
-        extract(backbone, images, [f"blocks.{layer}.hook_resid_post"], scratch, batch_size=asked.batch, n_workers=1)
-
+    bare, extracted, module = "loader and bare blocks", "extract to disk", "module's own forward"
+    last, early = f"activations of block {n - 1}", f"activations of block {quarter - 1}"
     contenders: dict[str, Callable[[], object]] = {
-        f"bare, {n} blocks": lambda: bare(n),
-        f"activations of block {n - 1}": lambda: in_memory(n - 1),
-        f"extract of block {n - 1} to disk": lambda: to_disk(n - 1),
-        "whole model's forward": whole,
-        f"bare, {quarter} blocks": lambda: bare(quarter),
-        f"activations of block {quarter - 1}": lambda: in_memory(quarter - 1),
+        bare: from_loader,
+        extracted: to_disk,
+        module: whole,
+        last: lambda: in_memory(n - 1),
+        early: lambda: in_memory(quarter - 1),
     }
     best = dict.fromkeys(contenders, float("inf"))
     for work in contenders.values():
         work()
-    for _ in range(asked.rounds):
-        for name, work in contenders.items():
-            best[name] = min(best[name], seconds(work))
+    for seed in range(asked.rounds):
+        for name in random.Random(seed).sample(list(contenders), len(contenders)):
+            best[name] = min(best[name], seconds(contenders[name]))
     shutil.rmtree(scratch, ignore_errors=True)
 
     print(f"{asked.model}: {asked.images} images, batch {asked.batch}, {torch.get_num_threads()} threads")
     for name, value in best.items():
-        print(f"  {name:<32} {value:7.3f} s  {asked.images / value:8.1f} images/s")
-    names = list(best)
-    print(f"ratio, activations / bare (all blocks)      {best[names[1]] / best[names[0]]:.3f}")
-    print(f"ratio, extract to disk / bare (all blocks)  {best[names[2]] / best[names[0]]:.3f}")
-    print(f"ratio, block {quarter - 1} / whole model's forward     {best[names[5]] / best[names[3]]:.3f}")
+        print(f"  {name:<28} {value:7.3f} s  {asked.images / value:8.1f} images/s")
+    for a, b in ((extracted, bare), (last, module), (early, module)):
+        print(f"ratio  {best[a] / best[b]:.3f}  {a} / {b}")
 
 
 if __name__ == "__main__":
