@@ -32,10 +32,9 @@ def randomised(module: nn.Module) -> Any:
     return module
 
 
-def _toy() -> Case:
-    model = randomised(
-        backbones.toy.ToyViT(image_px=32, patch_px=8, d_model=24, n_layers=3, n_heads=2, d_mlp=40, n_classes=5)
-    )
+def _toy(stem: str = "conv") -> Case:
+    shape = dict(image_px=32, patch_px=8, d_model=24, n_layers=3, n_heads=2, d_mlp=40, n_classes=5)
+    model = randomised(backbones.toy.ToyViT(**shape, stem=stem))
     return Case(backbones.toy.wrap(model, name="toy/random"), model)
 
 
@@ -163,6 +162,7 @@ def _pooled(output: Any) -> Tensor:
 
 CASES: dict[str, Callable[[], Case]] = {
     "toy": _toy,
+    "toy-patch": lambda: _toy("patch"),
     "timm-vit": _timm(),
     "timm-features": _timm(num_classes=0),
     "timm-not-square": _timm(img_size=(32, 48)),

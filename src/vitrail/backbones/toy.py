@@ -46,8 +46,8 @@ class ToyBlock(nn.Module):
 class ToyStem(nn.Sequential):
     """Patches by a few strided 3 x 3 convolutions instead of one large one: (b, 3, h, w) -> (b, d_model, h/p, w/p).
 
-    Xiao et al. 2021, arXiv:2106.14881: a ViT then learns from far fewer pictures. A patch token sees its patch and up
-    to patch_px - 1 pixels around it.
+    Xiao et al. 2021, arXiv:2106.14881: a ViT then learns from far fewer pictures. A patch token sees its patch and
+    patch_px - 1 pixels above and to the left of it: its field of view is centred on the patch's upper left corner.
     """
 
     def __init__(self, *, d_model: int, patch_px: int) -> None:
