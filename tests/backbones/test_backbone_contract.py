@@ -63,8 +63,8 @@ def test_tokens_are_grid_and_special_tokens(case):
 
 
 def test_special_tokens_come_first(case):
-    """Of two pictures that differ in one patch, that token differs on the way into the model, and no other unless patches
-    are made by a stem of overlapping convolutions: then also its neighbours to the right and below."""
+    """Of two pictures that differ in one patch, that token differs on the way into the model, and no other unless
+    patches are made by a stem of overlapping convolutions: then also its neighbours to the right and below."""
     backbone, grid = case.backbone, case.backbone.grid
     images = case.images(1)
     changed = images.clone()
