@@ -1,6 +1,8 @@
 """Extraction: what is stored is what the model computes; a run that dies goes on to the same bytes."""
 
+import gc
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -272,6 +274,15 @@ def test_workers_change_nothing(backbone, pictures, tmp_path, file_bytes):
     extract(backbone, pictures, POINTS[:1], tmp_path / "b", n_workers=2, **SMALL)
     assert file_bytes(tmp_path / "a") == file_bytes(tmp_path / "b")
     assert os.path.exists(tmp_path / "a/cost.json")
+
+
+def test_no_worker_outlives_the_extraction(backbone, pictures, tmp_path):
+    gc.disable()  # the workers must not wait for it: one that does can hold up whatever comes next by five seconds
+    try:
+        extract(backbone, pictures, POINTS[:1], tmp_path / "s", n_workers=2, **SMALL)
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
 
 
 def test_a_shard_folder_that_is_gone_is_made_anew(backbone, pictures, tmp_path, file_bytes):

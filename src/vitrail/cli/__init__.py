@@ -42,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run(rest)
     except KeyboardInterrupt:
         sys.exit(f"vitrail {verb}: stopped. Run the same command again to go on where it was.")
+    except BrokenPipeError:  # `vitrail ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except EXPECTED as error:
         if os.environ.get("VITRAIL_DEBUG"):
             raise

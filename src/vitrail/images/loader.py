@@ -1,6 +1,6 @@
 """Pictures in batches, in order, decoded by worker processes. Unreadable ones are left out and listed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +28,12 @@ class ImageBatch:
 
 def load_batches(
     source: ImageSource, positions: Sequence[int], transform: Transform, *, batch_size: int, n_workers: int = 0
-) -> Iterator[ImageBatch]:
+) -> Generator[ImageBatch, None, None]:
     """Batches of `batch_size` consecutive entries of `positions`; a bad picture makes its own batch smaller, no other.
 
     `n_workers`: processes that read and transform; 0 does it in this one. Each gets its own copy of `source` and
-    `transform`. Raises IndexError for a position outside the source, RuntimeError if a worker is killed.
+    `transform`. Whoever stops early closes the generator: that ends the workers at once.
+    Raises IndexError for a position outside the source, RuntimeError if a worker is killed.
     """
     if batch_size < 1 or n_workers < 0:
         raise ValueError(f"batch_size must be at least 1 and n_workers at least 0, got {batch_size} and {n_workers}.")
@@ -43,7 +44,7 @@ def load_batches(
     return _batches(DataLoader(pictures, batch_size, num_workers=n_workers, collate_fn=_collate), n_workers)
 
 
-def _batches(loader: DataLoader, n_workers: int) -> Iterator[ImageBatch]:
+def _batches(loader: DataLoader, n_workers: int) -> Generator[ImageBatch, None, None]:
     try:
         yield from loader
     except RuntimeError as error:

@@ -5,6 +5,7 @@ unscaled cosines with the model's own scale (SPEC row 43). So `logit_scale` is e
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -123,7 +124,7 @@ def fit_linear_head(
     labels: list[int | None] = []
     device = next(backbone.parameters()).device
     batches = load_batches(images, range(len(images)), backbone.preprocess, batch_size=batch_size, n_workers=n_workers)
-    with progress.task("fit linear head", len(images), "images") as task, torch.inference_mode():
+    with closing(batches), progress.task("fit linear head", len(images), "images") as task, torch.inference_mode():
         for batch in batches:
             if batch.positions:
                 outputs.append(backbone(batch.images.to(device)).float().cpu())

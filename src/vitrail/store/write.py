@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -24,14 +25,14 @@ from vitrail.images.base import ImageSource
 from vitrail.images.loader import ImageBatch, load_batches
 from vitrail.progress import SILENT, Progress
 from vitrail.provenance import peak_memory_mb, provenance
-from vitrail.statistics import ActivationStats, Moments
+from vitrail.statistics import SLAB_VALUES, ActivationStats, Moments
 from vitrail.store.manifest import DTYPES, TOKEN_KINDS, Manifest, ShardEntry, StoredPoint
 from vitrail.store.read import Store, read_rows, shard_path
 from vitrail.store.tokens import as_dtype, moment_slices, select_tokens, stored_kind
 from vitrail.tables import write_table
 
 SHARD_BYTES = 128 * 2**20
-STATS_SAMPLE_ROWS = 65_536
+STATS_SAMPLE_ROWS = 16_384
 
 IMAGE_COLUMNS = {
     "row": "BIGINT",
@@ -209,7 +210,7 @@ class Extraction:
             batch_size=self.request["batch_size"],
             n_workers=self.n_workers,
         )
-        with self.progress.task("extract", total, "images", done=total - len(positions)) as task:
+        with closing(batches), self.progress.task("extract", total, "images", done=total - len(positions)) as task:
             for i in missing:
                 n_batches = -(-len(self.shard_positions[i]) // self.request["batch_size"])
                 self._write_shard(i, islice(batches, n_batches), task)
@@ -266,7 +267,7 @@ class Extraction:
         out = {}
         for name, group in moment_slices(kind, x.shape[1], self.backbone.grid).items():
             moments = Moments()
-            for part in x[:, group].split(256):
+            for part in x[:, group].split(max(1, SLAB_VALUES // (x.shape[1] * x.shape[2]))):
                 moments.update(part.reshape(-1, x.shape[2]).float())
             out[name] = moments.to_json()
         return out

@@ -14,6 +14,7 @@ row as the coder they stand beside:
 import math
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -279,7 +280,7 @@ def run_images(
     device = next(table.backbone.parameters()).device
     n_skipped = 0
     batches = load_batches(images, positions, table.backbone.preprocess, batch_size=batch_size, n_workers=n_workers)
-    with progress.task("eval", len(positions), "images") as task, torch.inference_mode():
+    with closing(batches), progress.task("eval", len(positions), "images") as task, torch.inference_mode():
         for batch in batches:
             n_skipped += len(batch.skipped)
             if batch.positions:
