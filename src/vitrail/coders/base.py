@@ -30,14 +30,18 @@ ROWS_AT_ONCE = 1024
 class Step:
     """One batch's objective. `terms` are already weighted and sum to `loss`.
 
-    `target` and `x_hat` are y and its reconstruction, in the normalised space in which the loss is measured.
+    `y` is what the encoder read, `target` what `x_hat` reconstructs, all in the normalised space in which the loss is
+    measured; but for transcoders, `target` is `y`. `penalty` names the terms that buy sparsity (L1 and its like), which
+    a trainer may phase in.
     """
 
     loss: Float[Tensor, ""]
     terms: dict[str, Float[Tensor, ""]]
     codes: Codes
-    target: Float[Tensor, "n d_in"]
-    x_hat: Float[Tensor, "n d_in"]
+    y: Float[Tensor, "n d_in"]
+    target: Float[Tensor, "n d_out"]
+    x_hat: Float[Tensor, "n d_out"]
+    penalty: tuple[str, ...] = ()
 
 
 class SparseCoder(nn.Module):
@@ -68,6 +72,9 @@ class SparseCoder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("fitted", torch.tensor(not self.normalize.needs_fit and b_dec_init == "zeros"))
+        # In which the dense product that finds the latents is made; their values and all gradients stay in the weights'
+        # own. A matter of training, not of what the coder is: never saved.
+        self.selection_dtype: torch.dtype | None = None
         # What was estimated, how, and on what. It describes the buffers and shapes no output; saved with the coder.
         self.calibration: dict[str, Any] = {}
 
@@ -89,7 +96,7 @@ class SparseCoder(nn.Module):
         codes = activations(y, self.b_dec, self.W_enc, self.b_enc, support)
         y_hat = decode(codes, self.W_dec) + self.b_dec
         error = squared_error(y, y_hat)
-        return Step(error, {"reconstruction": error}, codes.detach(), y, y_hat)
+        return Step(error, {"reconstruction": error}, codes.detach(), y=y, target=y, x_hat=y_hat)
 
     def calibrate(self, batches: Iterable[Float[Tensor, "_ d_in"]]) -> dict[str, Any]:
         """Estimate, on held-out raw activations, what inference needs beyond the weights. Returns what was done."""
@@ -169,6 +176,20 @@ class SparseCoder(nn.Module):
         self.W_dec.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny))
 
     # -- what it is
+
+    @property
+    def d_out(self) -> int:
+        """Width of a reconstruction: d_in, but for transcoders."""
+        return self.W_dec.shape[1]
+
+    @property
+    def d_row(self) -> int:
+        """Width of the rows that `fit`, `loss` and `calibrate` take: d_in, or more where a row carries its target."""
+        return self.d_in
+
+    def output_bias(self) -> Float[Tensor, " d_out"]:
+        """What every reconstruction starts from, in normalised space."""
+        return self.b_dec
 
     @property
     def config(self) -> dict[str, Any]:

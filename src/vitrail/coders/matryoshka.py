@@ -87,7 +87,8 @@ class Matryoshka(SparseCoder):
         loss = torch.stack(list(terms.values())).sum()
         with torch.no_grad():
             codes = self.select(pre)
-        return Step(loss, terms, codes.with_values(self._capped(codes.values)), y, reconstructions[-1] + self.b_dec)
+        codes = codes.with_values(self._capped(codes.values))
+        return Step(loss, terms, codes, y=y, target=y, x_hat=reconstructions[-1] + self.b_dec)
 
     def _reconstructions(self, pre: Tensor) -> list[Tensor]:
         """z_i @ W_dec of every level."""

@@ -41,4 +41,5 @@ class ReLU(SparseCoder):
         z = self.pre_activations(y).relu()
         y_hat = z @ self.W_dec + self.b_dec
         terms = {"reconstruction": squared_error(y, y_hat), "l1": self.l1 * z.sum(1).mean()}
-        return Step(terms["reconstruction"] + terms["l1"], terms, Codes.from_dense(z.detach()), y, y_hat)
+        loss, codes = terms["reconstruction"] + terms["l1"], Codes.from_dense(z.detach())
+        return Step(loss, terms, codes, y=y, target=y, x_hat=y_hat, penalty=("l1",))

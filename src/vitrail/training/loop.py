@@ -87,8 +87,8 @@ class _Run:
     def __init__(
         self, coder: SparseCoder, source: Source, out: Path, config: TrainConfig, metadata: dict[str, Any]
     ) -> None:
-        if source.d_in != coder.d_in:
-            raise ValueError(f"the source's rows have d_in={source.d_in}, the coder takes d_in={coder.d_in}.")
+        if source.d_in != coder.d_row:
+            raise ValueError(f"the source's rows have d_in={source.d_in}, the coder takes d_in={coder.d_row}.")
         self.coder, self.source, self.out, self.config, self.metadata = coder, source, out, config, metadata
         self.total = config.total_rows(source.n_rows)
         request = {
@@ -185,7 +185,7 @@ class _Run:
         spread = (step.target - step.target.mean(0)).square().sum()
         # What these codes reconstruct, so that fvu and l0 speak of the same latents: a Matryoshka step's x_hat is that
         # of its largest level.
-        error = step.target - decode(step.codes, self.coder.W_dec) - self.coder.b_dec
+        error = step.target - decode(step.codes, self.coder.W_dec) - self.coder.output_bias()
         self.last = {
             "step": self.step,
             "rows": self.rows,

@@ -59,10 +59,10 @@ def auxk(coder: SparseCoder, step: Step, dead: Bool[Tensor, " d_sae"]) -> Float[
     if len(numbers) == 0:
         return step.loss.new_zeros(())
     with torch.no_grad():
-        left_over = step.target - decode(step.codes, coder.W_dec) - coder.b_dec
+        left_over = step.target - decode(step.codes, coder.W_dec) - coder.output_bias()
         spread = (step.target - step.target.mean(0)).square().sum()
         scale = spread / left_over.square().sum().clamp_min(1e-12)
-    pre = torch.addmm(coder.b_enc[numbers], step.target - coder.b_dec.detach(), coder.W_enc[:, numbers])
+    pre = torch.addmm(coder.b_enc[numbers], step.y - coder.b_dec.detach(), coder.W_enc[:, numbers])
     k_aux = min(max(1, coder.d_in // 2), len(numbers))
     values, indices = pre.topk(k_aux, dim=1, sorted=False)
     z = torch.zeros_like(pre).scatter(1, indices, values.relu())
