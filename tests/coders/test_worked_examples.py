@@ -8,8 +8,8 @@ from coder_examples import D_IN, D_SAE, fitted, rows
 
 from vitrail.coders import BatchTopK, Codes, Matryoshka, ReLU, TopK, load_coder, save_coder
 from vitrail.coders.base import geometric_median
-from vitrail.coders.batch_topk import largest_of_batch
 from vitrail.coders.matryoshka import default_levels
+from vitrail.coders.select import Encoder, largest_of_batch
 
 # Three latents over two dimensions: the coordinates, and their diagonal.
 W = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
@@ -50,10 +50,15 @@ def test_topk_in_use_may_drop_the_ranking():
     assert free.loss(x).loss == ranked.loss(x).loss  # it is trained ranked all the same
 
 
+def as_it_is(pre):
+    """An encoder whose pre-activations are these."""
+    return Encoder(pre, torch.eye(pre.shape[1]), torch.zeros(pre.shape[1]))
+
+
 def test_batch_topk_by_hand_counts_k_per_row_and_spends_it_where_needed():
     # n=2, k=2: the 4 largest of {1,3,2,6,4,5} are 6,5,4,3, so row 0 keeps one and row 1 three.
     pre = torch.tensor([[1.0, 3.0, 2.0], [6.0, 4.0, 5.0]])
-    picked = largest_of_batch(pre, 2 * 2)
+    picked = largest_of_batch(as_it_is(pre), 2 * 2)
     assert picked.to_dense().tolist() == [[0, 3, 0], [6, 4, 5]]
     coder = BatchTopK(d_in=3, d_sae=3, k=2, normalization="none")
     with torch.no_grad():
@@ -65,14 +70,14 @@ def test_batch_topk_by_hand_counts_k_per_row_and_spends_it_where_needed():
 
 def test_batch_topk_never_picks_a_negative_entry():
     pre = torch.tensor([[-1.0, 3.0, -2.0], [0.0, -4.0, 5.0]])
-    assert largest_of_batch(pre, 4).to_dense().tolist() == [[0, 3, 0], [0, 0, 5]]
+    assert largest_of_batch(as_it_is(pre), 4).to_dense().tolist() == [[0, 3, 0], [0, 0, 5]]
 
 
-def test_batch_topk_answers_do_not_depend_on_the_hint():
+def test_batch_topk_answers_do_not_depend_on_what_was_usual():
     pre = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
     slow = pre.relu() * (pre >= pre.flatten().sort(descending=True).values[249])
-    for hint in (0.0, 0.5, 0.9, 5.0):
-        assert torch.equal(largest_of_batch(pre, 250, hint=hint).to_dense(), slow)
+    for usual in (None, 0.0, 0.5, 0.9, 5.0):
+        assert torch.equal(largest_of_batch(as_it_is(pre), 250, usual=usual).to_dense(), slow)
 
 
 def test_batch_topk_without_a_threshold_says_so_and_has_one_after_a_step():

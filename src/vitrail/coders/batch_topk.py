@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitrail.coders.base import ROWS_AT_ONCE, SparseCoder
+from vitrail.coders.select import Encoder, largest_of_batch
 from vitrail.coders.sparse import Codes
 
 RUNNING_WEIGHT = 0.05  # of the newest batch's minimum in the running threshold
@@ -54,11 +55,12 @@ class BatchTopK(SparseCoder):
         return _above(pre, float(self.threshold))
 
     def training_codes(self, y: Float[Tensor, "n d_in"]) -> Codes:
-        hint = float(self.threshold) * 0.8
-        codes = largest_of_batch(self.pre_activations(y), len(y) * self.k, hint=0.0 if math.isnan(hint) else hint)
+        usual = None if math.isnan(float(self.threshold)) else float(self.threshold)
+        encoder = Encoder(y - self.b_dec, self.W_enc, self.b_enc, self.selection_dtype)
+        codes = largest_of_batch(encoder, len(y) * self.k, usual=usual)
         if self.training and codes.nnz:
             smallest = codes.values.min()
-            known = self.threshold if not math.isnan(hint) else smallest
+            known = smallest if usual is None else self.threshold
             self.threshold.copy_(torch.lerp(known.to(smallest.dtype), smallest, RUNNING_WEIGHT))
             self.calibration = {"estimator": "running_mean_of_batch_minima", "weight": RUNNING_WEIGHT}
         return codes
@@ -106,22 +108,6 @@ class BatchTopK(SparseCoder):
     def _positive(self, rows: Tensor) -> Tensor:
         pre = self.pre_activations(rows).float()
         return pre[pre > 0]
-
-
-def largest_of_batch(pre: Float[Tensor, "n d_sae"], count: int, *, hint: float = 0.0) -> Codes:
-    """The `count` largest entries of ReLU(pre) over all rows; all positive ones if they are fewer.
-
-    `hint`: a guess at the smallest of them. Only entries above it are ranked, which is most of the work saved; if it
-    leaves too few, it is not used. The answer does not depend on it.
-    """
-    codes = _above(pre, hint)
-    if codes.nnz < count and hint > 0:
-        codes = _above(pre, 0.0)
-    if codes.nnz <= count:
-        return codes
-    picked = torch.zeros(codes.nnz, dtype=torch.bool, device=pre.device)
-    picked[codes.values.topk(count, sorted=False).indices] = True
-    return codes.keep(picked)
 
 
 def _above(pre: Tensor, threshold: float) -> Codes:

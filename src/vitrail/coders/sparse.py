@@ -208,7 +208,7 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, W_dec = ctx.saved_tensors
         g, codes = g.contiguous(), ctx.codes
-        for_values = _dots(g, W_dec, codes) if ctx.needs_input_grad[0] else None
+        for_values = entry_dots(g, W_dec, codes) if ctx.needs_input_grad[0] else None
         for_weights = _scatter(g, values, codes) if ctx.needs_input_grad[1] else None
         return for_values, for_weights, None
 
@@ -247,16 +247,21 @@ def _scatter(per_row: Tensor, weights: Tensor, codes: Codes) -> Tensor:
     return _bag(per_row, transposed.rows, transposed.offsets, weights[transposed.order])
 
 
-def _dots(per_row: Tensor, per_latent: Tensor, codes: Codes) -> Tensor:
+def entry_dots(per_row: Float[Tensor, "n d"], per_latent: Float[Tensor, "d_sae d"], codes: Codes) -> Tensor:
     """out[p] = <per_row[row of p], per_latent[latent of p]>: the operation behind embedding_bag's own backward.
 
-    torch.sparse.sampled_addmm is 1.4x faster where MKL is, but warns that it is in beta and is missing elsewhere.
+    Read latent by latent, so that each latent's weights are fetched once and the rows, which are few, stay in the
+    cache: 27 ms instead of 90 for 64 latents of 24,576 in each of 4,096 rows. torch.sparse.sampled_addmm halves that
+    where MKL is, but warns that it is in beta and is missing elsewhere.
     """
     if codes.nnz == 0:
         return per_row.new_zeros(0)
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        per_row, per_latent, codes.indices.long(), codes.offsets[:-1].long(), codes.rows(), 0
+    order, rows, offsets = codes.transposed()
+    latents = codes.indices.long()[order]
+    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        per_latent.contiguous(), per_row.contiguous(), rows, offsets[:-1], latents, 0
     )
+    return torch.empty_like(dots).index_put_((order,), dots)
 
 
 def _offsets(counts: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitrail.coders.base import SparseCoder
+from vitrail.coders.select import Encoder, largest_of_rows
 from vitrail.coders.sparse import Codes
 
 
@@ -38,7 +39,7 @@ class TopK(SparseCoder):
         return Codes.from_dense(pre.relu()) if self.inference == "relu" else self._topk(pre)
 
     def training_codes(self, y: Float[Tensor, "n d_in"]) -> Codes:
-        return self.by_chunks(self._topk, y)
+        return largest_of_rows(Encoder(y - self.b_dec, self.W_enc, self.b_enc, self.selection_dtype), self.k)
 
     def _topk(self, pre: Tensor) -> Codes:
         values, indices = pre.topk(self.k, dim=1, sorted=False)
