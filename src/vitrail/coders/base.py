@@ -10,15 +10,14 @@ another: what an architecture does to a whole batch at once (BatchTopK) it does 
 
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vitrail.coders.normalize import make_normalization
-from vitrail.coders.sparse import Codes, activations, decode
+from vitrail.coders.sparse import Codes, activations, decode, dense_pre_activations
 from vitrail.statistics import ActivationStats
 
 # Pre-activations are made for this many rows at a time and thrown away: they stay near the cache, and memory does not
@@ -26,22 +25,39 @@ from vitrail.statistics import ActivationStats
 ROWS_AT_ONCE = 1024
 
 
-@dataclass
 class Step:
     """One batch's objective. `terms` are already weighted and sum to `loss`.
 
     `y` is what the encoder read, `target` what `x_hat` reconstructs, all in the normalised space in which the loss is
     measured; but for transcoders, `target` is `y`. `penalty` names the terms that buy sparsity (L1 and its like), which
-    a trainer may phase in.
+    a trainer may phase in. Where half of the latents are positive, `codes` cost as much as a dense product: give a
+    function that makes them when they are asked for, and `fired`, in how many rows each latent fired, beside it.
     """
 
-    loss: Float[Tensor, ""]
-    terms: dict[str, Float[Tensor, ""]]
-    codes: Codes
-    y: Float[Tensor, "n d_in"]
-    target: Float[Tensor, "n d_out"]
-    x_hat: Float[Tensor, "n d_out"]
-    penalty: tuple[str, ...] = ()
+    def __init__(
+        self,
+        loss: Float[Tensor, ""],
+        terms: dict[str, Float[Tensor, ""]],
+        codes: Codes | Callable[[], Codes],
+        *,
+        y: Float[Tensor, "n d_in"],
+        target: Float[Tensor, "n d_out"],
+        x_hat: Float[Tensor, "n d_out"],
+        penalty: tuple[str, ...] = (),
+        fired: Int[Tensor, " d_sae"] | None = None,
+    ) -> None:
+        self.loss, self.terms, self.y, self.target, self.x_hat, self.penalty = loss, terms, y, target, x_hat, penalty
+        self._codes, self._fired = codes, fired
+
+    @property
+    def codes(self) -> Codes:
+        """What fires in use, without gradient."""
+        if not isinstance(self._codes, Codes):
+            self._codes = self._codes()
+        return self._codes
+
+    def fired(self) -> Int[Tensor, " d_sae"]:
+        return self.codes.fired() if self._fired is None else self._fired
 
 
 class SparseCoder(nn.Module):
@@ -133,7 +149,7 @@ class SparseCoder(nn.Module):
         return self.decode_sparse(self.encode_sparse(x))
 
     def pre_activations(self, y: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
-        return torch.addmm(self.b_enc, y - self.b_dec, self.W_enc)
+        return dense_pre_activations(y, self.b_dec, self.W_enc, self.b_enc)
 
     def by_chunks(self, select: Callable[[Tensor], Codes], y: Float[Tensor, "n d_in"]) -> Codes:
         """`select` on the pre-activations of a few rows at a time."""

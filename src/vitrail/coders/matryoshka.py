@@ -10,19 +10,18 @@ Default levels: 64 * 2^i below d_sae, then d_sae, which means every positive lat
 follows the released code; it only rescales the learning rate. `soft_cap=c` decodes c tanh(z / c) (appendix D; the paper
 prints no c, its code says 30).
 
-All levels cost about one decode: one sort, disjoint bands of ranks, prefix sums of the bands' reconstructions; autograd
-turns these into suffix sums of the output gradients.
+All levels cost about one decode: one ranking, disjoint bands, prefix sums forward and suffix sums backward (levels.py).
 """
 
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from vitrail.coders.base import SparseCoder, Step, squared_error
-from vitrail.coders.sparse import Codes, decode
+from vitrail.coders.levels import count_positive, decode_levels
+from vitrail.coders.sparse import Codes
 
 WEIGHTINGS = ("uniform", "reverse")
 
@@ -77,41 +76,41 @@ class Matryoshka(SparseCoder):
 
     def loss(self, x: Float[Tensor, "n d_in"]) -> Step:
         y = self.normalized(x)
-        pre = self.pre_activations(y)
+        levels = decode_levels(
+            y,
+            self.b_dec,
+            self.W_enc,
+            self.b_enc,
+            self.W_dec,
+            self.levels,
+            soft_cap=self.soft_cap,
+            dtype=self.selection_dtype,
+        )
         alphas = [alpha / sum(self.alphas) for alpha in self.alphas]
-        reconstructions = self._reconstructions(pre)
         terms = {
             f"level_{k}": alpha * squared_error(y, y_hat + self.b_dec)
-            for k, alpha, y_hat in zip(self.levels, alphas, reconstructions, strict=True)
+            for k, alpha, y_hat in zip(self.levels, alphas, levels.reconstructions, strict=True)
         }
         loss = torch.stack(list(terms.values())).sum()
-        with torch.no_grad():
-            codes = self.select(pre)
-        codes = codes.with_values(self._capped(codes.values))
-        return Step(loss, terms, codes, y=y, target=y, x_hat=reconstructions[-1] + self.b_dec)
+        x_hat = levels.reconstructions[-1] + self.b_dec
+        return Step(
+            loss,
+            terms,
+            lambda: self._codes_in_use(levels.pre),
+            y=y,
+            target=y,
+            x_hat=x_hat,
+            fired=self._fired(levels.pre),
+        )
 
-    def _reconstructions(self, pre: Tensor) -> list[Tensor]:
-        """z_i @ W_dec of every level."""
-        most = int((pre > 0).sum(1).max())
-        # A level at least as large as every row's positive latents takes them all, so all such levels are one
-        # reconstruction. It reads half of the dictionary at the start of training: a dense product, because sparse ones
-        # pay only below a tenth. The gradient at `pre` is then dense too, hence pre by autograd and not by sparse.py.
-        ranked_levels = [k for k in self.levels if k < most]
-        reconstructions = self._ranked_reconstructions(pre, ranked_levels) if ranked_levels else []
-        if len(ranked_levels) < len(self.levels):
-            everything = self._capped(pre.relu()) @ self.W_dec
-            reconstructions += [everything] * (len(self.levels) - len(ranked_levels))
-        return reconstructions
+    @torch.no_grad()
+    def _codes_in_use(self, pre: Tensor) -> Codes:
+        codes = self.select(pre)
+        return codes.with_values(self._capped(codes.values))
 
-    def _ranked_reconstructions(self, pre: Tensor, levels: list[int]) -> list[Tensor]:
-        values, indices = pre.topk(levels[-1], dim=1, sorted=True)
-        starts = [0, *levels[:-1]]
-        bands = [self._band(values[:, a:b], indices[:, a:b]) for a, b in zip(starts, levels, strict=True)]
-        of_bands = rearrange(decode(Codes.cat(bands), self.W_dec), "(h n) d -> h n d", h=len(levels))
-        return list(of_bands.cumsum(0).unbind(0))
-
-    def _band(self, values: Float[Tensor, "n band"], indices: Int[Tensor, "n band"]) -> Codes:
-        return Codes.from_padded(indices, self._capped(values), self.d_sae)
+    @torch.no_grad()
+    def _fired(self, pre: Tensor) -> Tensor | None:
+        return count_positive(pre, 0) if self.inference_k is None else None
 
     def _capped(self, values: Tensor) -> Tensor:
         return values if self.soft_cap is None else self.soft_cap * torch.tanh(values / self.soft_cap)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitrail.coders.base import SparseCoder, Step, squared_error
+from vitrail.coders.levels import count_positive
 from vitrail.coders.sparse import Codes
 
 
@@ -41,5 +42,8 @@ class ReLU(SparseCoder):
         z = self.pre_activations(y).relu()
         y_hat = z @ self.W_dec + self.b_dec
         terms = {"reconstruction": squared_error(y, y_hat), "l1": self.l1 * z.sum(1).mean()}
-        loss, codes = terms["reconstruction"] + terms["l1"], Codes.from_dense(z.detach())
-        return Step(loss, terms, codes, y=y, target=y, x_hat=y_hat, penalty=("l1",))
+        loss, found = terms["reconstruction"] + terms["l1"], z.detach()
+        fired = count_positive(found, 0)
+        return Step(
+            loss, terms, lambda: Codes.from_dense(found), y=y, target=y, x_hat=y_hat, penalty=("l1",), fired=fired
+        )
