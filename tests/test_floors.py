@@ -13,7 +13,7 @@ FLOORS = [
     {"files", "statistics", "progress", "provenance"},
     {"tables"},
     {"hooks", "images", "coders"},
-    {"backbones", "training"},
+    {"backbones", "training", "foreign", "hub"},
     {"store"},
     {"codes"},
     {"index"},
@@ -21,9 +21,14 @@ FLOORS = [
     {"toys", "studies"},
     {"cli"},
 ]
-FORBIDDEN = {("coders", "images"), ("training", "hooks"), ("training", "images")}
+FORBIDDEN = {("coders", "images"), ("training", "hooks"), ("training", "images")} | {
+    (room, vision) for room in ("foreign", "hub") for vision in ("hooks", "images")
+}
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-OPTIONAL = {"timm", "open_clip", "transformers", "sklearn", "scipy", "torchvision", "matplotlib", "huggingface_hub"}
+OPTIONAL = {"timm", "open_clip", "transformers", "sklearn", "scipy", "torchvision", "matplotlib"} | {
+    "huggingface_hub",
+    "yaml",
+}
 
 
 def modules() -> list[Path]:

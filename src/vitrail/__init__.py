@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vitrail.backbones import Backbone, load
     from vitrail.coders import CODERS, Codes, SparseCoder, load_coder, make_coder, save_coder
     from vitrail.codes import CodeStore, encode
+    from vitrail.foreign import open_foreign
     from vitrail.images import open_images
     from vitrail.index import Index, build_index
     from vitrail.metrics import MEASURES
@@ -41,6 +42,7 @@ _WHERE = {
     "load": "vitrail.backbones",
     "load_coder": "vitrail.coders",
     "make_coder": "vitrail.coders",
+    "open_foreign": "vitrail.foreign",
     "open_images": "vitrail.images",
     "prisma_table": "vitrail.studies.prisma_table",
     "save_coder": "vitrail.coders",
@@ -68,6 +70,7 @@ __all__ = [
     "load",
     "load_coder",
     "make_coder",
+    "open_foreign",
     "open_images",
     "prisma_table",
     "save_coder",

@@ -82,7 +82,12 @@ def test_killed_while_a_checkpoint_is_written_it_continues_from_a_whole_one(wher
     resumed = train(coder(), source(), out, config=config())
     assert resumed.resumed_at >= 5  # there never is a moment without a whole checkpoint
     assert weights(out) == weights(tmp_path / "whole")
-    assert sorted(path.name for path in out.iterdir()) == ["coder.json", "log.jsonl", "weights.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "coder.json",
+        "log.jsonl",
+        "timing.jsonl",
+        "weights.safetensors",
+    ]
 
 
 def test_killed_while_the_result_is_saved_it_is_saved_again(tmp_path, monkeypatch):

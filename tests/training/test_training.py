@@ -22,8 +22,10 @@ def test_training_lowers_the_error_and_leaves_a_coder_that_can_be_used(name, tmp
     assert not result.coder.training
     x = rows()
     reloaded = load_coder(tmp_path)
-    assert torch.equal(reloaded.encode(x), result.coder.encode(x))
-    torch.testing.assert_close(result.coder.W_dec.norm(dim=1), torch.ones(result.coder.d_sae))
+    assert torch.equal(reloaded.encode(x[:, : reloaded.d_in]), result.coder.encode(x[:, : reloaded.d_in]))
+    constrained = result.coder.W_dec.detach().clone()
+    result.coder.constrain_weights()
+    torch.testing.assert_close(result.coder.W_dec.detach(), constrained)
 
 
 def test_one_step_by_hand(tmp_path):
@@ -52,7 +54,11 @@ def test_the_log_says_what_happened(tmp_path):
     result = train(coder(), source(), tmp_path, config=CONFIG)
     log = read_log(tmp_path / "log.jsonl")
     assert [line["step"] for line in log] == [1, 3, 6, 9, 12, 15, 18, 21, 24, 25]
-    assert set(log[0]) == {"step", "rows", "loss", "terms", "l0", "fvu", "dead", "lr", "grad_norm"}
+    assert set(log[0]) == {"step", "rows", "loss", "terms", "l0", "fvu", "dead", "lr", "grad_norm"} | {
+        "dead_share",
+        "revived",
+        "density",
+    }
     assert log[-1]["rows"] == N_STEPS * BATCH - 5 == result.rows
     for line in log:
         assert line["loss"] == pytest.approx(sum(line["terms"].values()))
@@ -209,7 +215,7 @@ def test_epochs_are_counted_in_the_sources_rows(tmp_path):
     ("changes", "sentence"),
     [
         ({"schedule": "step"}, "schedule must be one of constant, linear, cosine, got 'step'"),
-        ({"revive": "pray"}, "revive must be one of none, auxk, got 'pray'"),
+        ({"revive": "pray"}, "revive must be one of none, auxk, ghost, resample, got 'pray'"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
         ({"n_rows": 0}, "n_rows must be positive"),
         ({"warmup_steps": -1}, "must not be negative"),

@@ -20,7 +20,26 @@ CONFIG = TrainConfig(
     log_every=3,
     calibration_rows=100,
 )
-ARGUMENTS = {"relu": {"l1": 0.2}, "topk": {"k": 3}, "batch_topk": {"k": 3}, "matryoshka": {"ks": [1, 3, 9, D_SAE]}}
+# Transcoders read 7 of a row's 12 dimensions and write the other 5.
+PAIR = {"d_in": 7, "d_out": 5}
+ARGUMENTS = {
+    "relu": {"l1": 0.2},
+    "topk": {"k": 3},
+    "batch_topk": {"k": 3},
+    "matryoshka": {"ks": [1, 3, 9, D_SAE]},
+    "matryoshka_prefix": {"k": 3, "prefixes": [10, 20, D_SAE]},
+    "jump_relu": {"l0_coefficient": 0.1, "bandwidth": 0.3, "initial_threshold": 0.1},
+    "gated": {"l1": 0.2},
+    "relu_transcoder": {**PAIR, "l1": 0.2},
+    "topk_transcoder": {**PAIR, "k": 3},
+    "batch_topk_transcoder": {**PAIR, "k": 3},
+    "crosscoder": {"widths": [5, 7], "l1": 0.2},
+    "topk_crosscoder": {"widths": [5, 7], "k": 3},
+    "batch_topk_crosscoder": {"widths": [5, 7], "k": 3},
+    "matching_pursuit": {"k": 3},
+    "archetypal_topk": {"k": 3, "n_candidates": 40},
+    "archetypal_batch_topk": {"k": 3, "n_candidates": 40},
+}
 
 
 class Killed(Exception):

@@ -14,7 +14,7 @@ from vitrail.coders import CODERS, SparseCoder, make_coder
 from vitrail.progress import Terminal
 from vitrail.store import Store
 from vitrail.studies.first_look import coder_about
-from vitrail.training import TrainConfig, TrainResult, train
+from vitrail.training import MixedSource, Source, TrainConfig, TrainResult, train
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -52,6 +52,16 @@ def options(coder: type[SparseCoder]) -> Any:
             Annotated[float, tyro.conf.arg(help="share of the images that only the threshold sees")],
             dataclasses.field(default=0.05),
         ),
+        (
+            "mix",
+            Annotated[
+                tuple[str, ...],
+                tyro.conf.arg(
+                    help="STORE=WEIGHT ...: further stores' rows in each batch; the first store's weight is 1"
+                ),
+            ],
+            dataclasses.field(default=()),
+        ),
         ("data_seed", Annotated[int, tyro.conf.arg(help="of the order of rows")], dataclasses.field(default=0)),
         ("device", str, dataclasses.field(default="auto")),
         ("train", tyro.conf.OmitArgPrefixes[TrainConfig], dataclasses.field(default_factory=TrainConfig)),
@@ -69,36 +79,85 @@ def options(coder: type[SparseCoder]) -> Any:
 
 
 def train_verb(architecture: str, asked: Any) -> TrainResult:
-    store = Store.open(asked.store)
-    point = store.default_point(asked.point)
-    tokens = store.kind(point, asked.tokens)
     if not 0 <= asked.held_out < 1:
         raise ValueError(f"held_out must be in 0..1, a share of the images, got {asked.held_out}.")
-    n_train = store.n_images - round(asked.held_out * store.n_images)
-    read = {"tokens": tokens, "batch_size": asked.batch_size, "seed": asked.data_seed}
-    source = store.reader(point, images=(0, n_train), **read)
-    held_out = store.reader(point, images=(n_train, store.n_images), **read) if n_train < store.n_images else None
+    weights = {asked.store: 1.0, **mixed_in(asked.mix)}
+    if len(weights) <= len(asked.mix):
+        raise ValueError(f"each store may be given once, and {asked.store} has weight 1: got --mix {asked.mix}.")
+    stores = {path: Store.open(path) for path in weights}
+    about = [about_training(store, asked) for store in stores.values()]
+    source = read_together(stores, weights, asked, held_out=False)
+    some_held_out = all(
+        told["train_images"][1] < stores[path].n_images for path, told in zip(stores, about, strict=True)
+    )
+    held_out = read_together(stores, weights, asked, held_out=True) if some_held_out else None
     d_sae = asked.d_sae or asked.expansion * source.d_in
     arguments = {name.removeprefix("coder_"): value for name, value in dataclasses.asdict(asked.coder).items()}
     coder = make_coder(architecture, d_in=source.d_in, d_sae=d_sae, **arguments)
+    others = [{"weight": weight, **told} for weight, told in zip(weights.values(), about, strict=True)][1:]
     return train(
         coder.to(pick_device(asked.device)),
         source,
         asked.out,
         config=asked.train,
         held_out=held_out,
-        metadata={**coder_about(store, point, tokens), "train_images": [0, n_train]},
+        metadata={**about[0], **({"mixed_with": others} if others else {})},
         progress=Terminal(),
     )
 
 
+def mixed_in(mix: Sequence[str]) -> dict[Path, float]:
+    """`STORE=WEIGHT` words."""
+    weights = {}
+    for word in mix:
+        path, separator, weight = word.rpartition("=")
+        try:
+            weights[Path(path)] = float(weight)
+        except ValueError:
+            separator = ""
+        if not separator or not path:
+            raise ValueError(f"--mix takes STORE=WEIGHT, such as runs/texts=0.5; got {word!r}.")
+    return weights
+
+
+def about_training(store: Store, asked: Any) -> dict[str, Any]:
+    """What the coder says of one store: what it is, and which images it was trained on."""
+    point = store.default_point(asked.point)
+    n_train = store.n_images - round(asked.held_out * store.n_images)
+    return {**coder_about(store, point, store.kind(point, asked.tokens)), "train_images": [0, n_train]}
+
+
+def read_together(stores: dict[Path, Store], weights: dict[Path, float], asked: Any, *, held_out: bool) -> Source:
+    """The stores' rows for training, or those held out; mixed by weight if there are several stores."""
+    sources: list[tuple[Source, float]] = []
+    for path, store in stores.items():
+        told = about_training(store, asked)
+        n_train = told["train_images"][1]
+        reader = store.reader(
+            told["point"],
+            tokens=store.kind(told["point"], asked.tokens),
+            batch_size=asked.batch_size,
+            seed=asked.data_seed,
+            images=(n_train, store.n_images) if held_out else (0, n_train),
+        )
+        sources.append((reader, weights[path]))
+    if len(sources) == 1:
+        return sources[0][0]
+    # Names without folders: a run is the same run wherever its stores lie.
+    named = {f"store {number}": source for number, source in enumerate(sources)}
+    return MixedSource(named, batch_size=asked.batch_size, seed=asked.data_seed)
+
+
 def describe(result: TrainResult) -> str:
     last, coder = result.last, result.coder
+    fvu = "unknown" if last["fvu"] is None else f"{last['fvu']:.4f}"
     lines = [
         f"{result.path}: {coder.name}, {coder.d_in} -> {coder.d_sae}; {result.steps:,} steps, {result.rows:,} rows, "
         f"{result.seconds:.1f} s",
-        f"  last batch: FVU {last['fvu']:.4f}, L0 {last['l0']:.1f}, {last['dead']} dead",
+        f"  last batch: FVU {fvu}, L0 {last['l0']:.1f}, {last['dead']} dead",
     ]
+    if result.stopped is not None:
+        lines.append(f"  stopped early: {result.stopped}")
     if coder.calibration:
         lines.append("  " + ", ".join(f"{name} {value}" for name, value in coder.calibration.items()))
     return "\n".join(lines)

@@ -49,7 +49,7 @@ class BatchTopK(SparseCoder):
     def select(self, pre: Float[Tensor, "n d_sae"]) -> Codes:
         if math.isnan(float(self.threshold)):
             raise RuntimeError(
-                "this batch_topk coder has no threshold yet, so no row can be encoded on its own. "
+                f"this {self.name} coder has no threshold yet, so no row can be encoded on its own. "
                 "Train it, load it, or call coder.calibrate(held_out_batches)."
             )
         return _above(pre, float(self.threshold))

@@ -144,7 +144,7 @@ class _Levels(torch.autograd.Function):
 def _put(into: Float[Tensor, "n d_sae"], codes: Codes, values: Float[Tensor, " nnz"]) -> None:
     """At the codes' entries. No entry comes twice."""
     width = codes.nnz // codes.n
-    if codes.nnz == codes.n * width and bool((codes.l0() == width).all()):
+    if width and codes.nnz == codes.n * width and bool((codes.l0() == width).all()):
         into.scatter_(1, codes.indices.view(-1, width), values.view(-1, width))
     else:
         into.view(-1)[codes.rows() * codes.d_sae + codes.indices] = values

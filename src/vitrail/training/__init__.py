@@ -5,15 +5,20 @@ from vitrail.training.log import read_log
 from vitrail.training.loop import TrainResult, train
 from vitrail.training.revive import REVIVERS
 from vitrail.training.schedule import SCHEDULES
-from vitrail.training.source import Source, TensorSource
+from vitrail.training.source import MixedSource, Source, TensorSource
+from vitrail.training.sweep import Grid, SweepResult, sweep
 
 __all__ = [
     "REVIVERS",
     "SCHEDULES",
+    "Grid",
+    "MixedSource",
     "Source",
+    "SweepResult",
     "TensorSource",
     "TrainConfig",
     "TrainResult",
     "read_log",
+    "sweep",
     "train",
 ]

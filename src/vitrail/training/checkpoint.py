@@ -1,7 +1,7 @@
 """Training checkpoints: a folder per checkpoint, `checkpoint-<step>`, that is whole or absent.
 
     state.json           config, coder, source and its position, counters, length of the log
-    tensors.safetensors  coder/..., optimizer/<parameter>/..., rows_since_fired, rng
+    tensors.safetensors  coder/..., optimizer/<parameter>/..., average/..., rows_since_fired, fired_since_line, rng
 
 The folder is written under another name, flushed and renamed; only then are older ones removed. So a kill at any moment
 leaves at least the last whole checkpoint, and the newest `checkpoint-*` is always whole.
@@ -18,7 +18,7 @@ from torch import Tensor
 from vitrail.files import read_json, read_tensors, write_json, write_tensors
 
 FORMAT = "vitrail-training"
-VERSION = 1
+VERSION = 2
 
 
 def write_checkpoint(out: Path, step: int, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:

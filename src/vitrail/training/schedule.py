@@ -4,8 +4,9 @@
     linear     1, then falling to 0 over the last fifth             MSAE's code
     cosine     (1 + cos(pi share)) / 2                              Prisma
 
-Each is multiplied by a linear warm-up over the first steps, or over the first tenth of the run if that is shorter: a
-short run would otherwise end before its rate had risen.
+With a floor m the factor is m + (1 - m) * that. Each is multiplied by a linear warm-up over the first steps, or over
+the first tenth of the run if that is shorter: a short run would otherwise end before its rate had risen. The penalty's
+own warm-up is as long as it was asked to be.
 """
 
 import math
@@ -21,7 +22,17 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-def learning_rate(base: float, schedule: str, *, share: float, step: int, warmup_steps: int) -> float:
+def learning_rate(
+    base: float, schedule: str, *, share: float, step: int, warmup_steps: int, min_lr_share: float = 0.0
+) -> float:
     """The rate of the step numbered `step` (from 1). `share`: of the rows already trained on, in 0..1."""
     warmup = min(1.0, max(step / warmup_steps, share / LONGEST_WARMUP)) if warmup_steps else 1.0
-    return base * warmup * SCHEDULES[schedule](share)
+    decay = SCHEDULES[schedule](share)
+    if min_lr_share:
+        decay = min_lr_share + (1.0 - min_lr_share) * decay
+    return base * warmup * decay
+
+
+def penalty_factor(step: int, warmup_steps: int) -> float:
+    """f of the step numbered `step` (from 1): its share of the warm-up, 1 from the last step of it on."""
+    return min(1.0, step / warmup_steps) if warmup_steps else 1.0
