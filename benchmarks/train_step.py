@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 D_IN, BATCH, K = 768, 4096, 64
@@ -44,7 +44,7 @@ def vitrail_seconds(architecture: str, d_sae: int, n_steps: int, compute_dtype: 
     marks: list[tuple[float, float]] = []
 
     class Timed(TensorSource):
-        def __iter__(self):  # the same rows again and again: reading is not what is measured
+        def __iter__(self) -> Iterator[Any]:  # the same rows again and again: reading is not what is measured
             for _ in range(n_steps + WARM_UP + 1):
                 marks.append((time.perf_counter(), time.process_time()))
                 yield self.x
@@ -93,7 +93,7 @@ def stand_in() -> None:
 
     class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         roots = ("transformer_lens", "wandb", "datasets", "accelerate", "schedulefree", "cv2", "nnsight", "torchvision")
-        roots += ("skimage", "requests", "matplotlib", "plotly", "pandas", "timm", "transformers")
+        roots += ("skimage", "requests", "plotly", "pandas", "timm", "transformers")
 
         def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
             if name.split(".")[0] in self.roots:
@@ -113,8 +113,8 @@ def sparsify_topk(d_sae: int) -> Step:
     import torch
 
     os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # there is no GPU
-    from sparsify.config import SparseCoderConfig
-    from sparsify.sparse_coder import SparseCoder
+    from sparsify.config import SparseCoderConfig  # pyright: ignore[reportMissingImports]
+    from sparsify.sparse_coder import SparseCoder  # pyright: ignore[reportMissingImports]
 
     sae = SparseCoder(D_IN, SparseCoderConfig(num_latents=d_sae, k=K, activation="topk"))
     optimizer = torch.optim.Adam(sae.parameters(), lr=2e-4)
@@ -149,8 +149,8 @@ def dictionary_learning(d_sae: int, trainer: str) -> Step:
 
 def sae_lens(d_sae: int, architecture: str, *, autocast: bool = False) -> Step:
     import torch
-    from sae_lens import saes
-    from sae_lens.saes.sae import TrainStepInput
+    from sae_lens import saes  # pyright: ignore[reportMissingImports]
+    from sae_lens.saes.sae import TrainStepInput  # pyright: ignore[reportMissingImports]
 
     made = getattr(saes, f"{architecture}TrainingSAE")
     config = getattr(saes, f"{architecture}TrainingSAEConfig")(d_in=D_IN, d_sae=d_sae, k=K)
@@ -187,8 +187,8 @@ def sae_lens(d_sae: int, architecture: str, *, autocast: bool = False) -> Step:
 
 def overcomplete(d_sae: int, name: str) -> Step:
     import torch
-    from overcomplete import sae as module
-    from overcomplete.sae.trackers import DeadCodeTracker
+    from overcomplete import sae as module  # pyright: ignore[reportMissingImports]
+    from overcomplete.sae.trackers import DeadCodeTracker  # pyright: ignore[reportMissingImports]
 
     made = getattr(module, name)(D_IN, nb_concepts=d_sae, top_k=K if name == "TopKSAE" else K * BATCH, device="cpu")
     optimizer = torch.optim.Adam(made.parameters(), lr=2e-4)
@@ -224,8 +224,8 @@ def msae(d_sae: int, levels: list[int] | None) -> Step:
     def step(x: Any) -> None:
         optimizer.zero_grad()
         pre = (x - pre_bias) @ encoder + latent_bias
+        z = torch.relu(pre)
         if levels is None:
-            z = torch.relu(pre)
             loss = nmse(z @ decoder + pre_bias, x) + 0.003 * (z.abs().sum(1) / x.norm(dim=1)).mean()
         else:
             losses = []
@@ -238,15 +238,16 @@ def msae(d_sae: int, levels: list[int] | None) -> Step:
                     z.scatter_(-1, top.indices, torch.relu(top.values))
                 losses.append(nmse(z @ decoder + pre_bias, x))
             weights = range(len(losses), 0, -1)
-            loss = sum(w * one for w, one in zip(weights, losses, strict=True)) / sum(weights)
+            loss = torch.stack([w * one for w, one in zip(weights, losses, strict=True)]).sum() / sum(weights)
         loss.backward()
         with torch.no_grad():
-            frequency.add_((z != 0).sum(0))
+            frequency.add_(torch.count_nonzero(z, dim=0))
             norm = decoder.norm(dim=1)
             decoder.div_(norm[:, None])
             encoder.mul_(norm)
             latent_bias.mul_(norm)
-            decoder.grad -= (decoder.grad * decoder).sum(1, keepdim=True) * decoder
+            gradient: Any = decoder.grad
+            gradient -= (gradient * decoder).sum(1, keepdim=True) * decoder
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from vitrail.cli.join import joined, reads_several_points
 from vitrail.cli.options import pick_device
 from vitrail.coders import CODERS, SparseCoder, make_coder
 from vitrail.progress import Terminal
@@ -43,6 +44,16 @@ def options(coder: type[SparseCoder]) -> Any:
         ("store", Annotated[Path, tyro.conf.arg(help="a store that `vitrail extract` wrote")]),
         ("out", Annotated[Path, tyro.conf.arg(help="the folder for the coder")]),
         ("point", str | None, dataclasses.field(default=None)),
+        (
+            "to",
+            Annotated[str | None, tyro.conf.arg(help="of a transcoder: the point it writes")],
+            dataclasses.field(default=None),
+        ),
+        (
+            "beside",
+            Annotated[tuple[str, ...], tyro.conf.arg(help="of a crosscoder: further POINT, STORE or STORE:POINT ...")],
+            dataclasses.field(default=()),
+        ),
         ("tokens", str | None, dataclasses.field(default=None)),
         ("batch_size", Annotated[int, tyro.conf.arg(help="rows per step")], dataclasses.field(default=4096)),
         ("expansion", Annotated[int, tyro.conf.arg(help="d_sae as a multiple of d_in")], dataclasses.field(default=8)),
@@ -71,7 +82,7 @@ def options(coder: type[SparseCoder]) -> Any:
     fields = [
         ("coder_seed" if name == "seed" else name, parameter.annotation, dataclasses.field(default=parameter.default))
         for name, parameter in inspect.signature(coder).parameters.items()
-        if name not in ("d_in", "d_sae")
+        if name not in ("d_in", "d_sae", "d_out", "widths")
     ]
     of_coder = dataclasses.make_dataclass(f"{coder.__name__}Options", fields)
     own[-1] = ("coder", tyro.conf.OmitArgPrefixes[of_coder], dataclasses.field(default_factory=of_coder))
@@ -81,6 +92,42 @@ def options(coder: type[SparseCoder]) -> Any:
 def train_verb(architecture: str, asked: Any) -> TrainResult:
     if not 0 <= asked.held_out < 1:
         raise ValueError(f"held_out must be in 0..1, a share of the images, got {asked.held_out}.")
+    if reads_several_points(architecture) or asked.to or asked.beside:
+        if asked.mix:
+            raise ValueError(
+                f"--mix joins rows of one point; a {architecture} coder here reads several. Leave one out."
+            )
+        several = joined(
+            architecture,
+            asked.store,
+            point=asked.point,
+            to=asked.to,
+            beside=asked.beside,
+            tokens=asked.tokens,
+            batch_size=asked.batch_size,
+            seed=asked.data_seed,
+            held_out=asked.held_out,
+        )
+        source, held_out, widths, metadata = several.source, several.held_out, several.widths, several.about
+    else:
+        source, held_out, metadata = of_one_point(asked)
+        widths = {"d_in": source.d_in}
+    d_sae = asked.d_sae or asked.expansion * widths["d_in"]
+    arguments = {name.removeprefix("coder_"): value for name, value in dataclasses.asdict(asked.coder).items()}
+    coder = make_coder(architecture, d_sae=d_sae, **widths, **arguments)
+    return train(
+        coder.to(pick_device(asked.device)),
+        source,
+        asked.out,
+        config=asked.train,
+        held_out=held_out,
+        metadata=metadata,
+        progress=Terminal(),
+    )
+
+
+def of_one_point(asked: Any) -> tuple[Source, Source | None, dict[str, Any]]:
+    """Rows to train on, rows held out, and what is said of them."""
     weights = {asked.store: 1.0, **mixed_in(asked.mix)}
     if len(weights) <= len(asked.mix):
         raise ValueError(f"each store may be given once, and {asked.store} has weight 1: got --mix {asked.mix}.")
@@ -91,19 +138,8 @@ def train_verb(architecture: str, asked: Any) -> TrainResult:
         told["train_images"][1] < stores[path].n_images for path, told in zip(stores, about, strict=True)
     )
     held_out = read_together(stores, weights, asked, held_out=True) if some_held_out else None
-    d_sae = asked.d_sae or asked.expansion * source.d_in
-    arguments = {name.removeprefix("coder_"): value for name, value in dataclasses.asdict(asked.coder).items()}
-    coder = make_coder(architecture, d_in=source.d_in, d_sae=d_sae, **arguments)
     others = [{"weight": weight, **told} for weight, told in zip(weights.values(), about, strict=True)][1:]
-    return train(
-        coder.to(pick_device(asked.device)),
-        source,
-        asked.out,
-        config=asked.train,
-        held_out=held_out,
-        metadata={**about[0], **({"mixed_with": others} if others else {})},
-        progress=Terminal(),
-    )
+    return source, held_out, {**about[0], **({"mixed_with": others} if others else {})}
 
 
 def mixed_in(mix: Sequence[str]) -> dict[Path, float]:
