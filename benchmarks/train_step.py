@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 D_IN, BATCH, K = 768, 4096, 64
 Step = Callable[[Any], object]
@@ -54,7 +54,7 @@ def vitrail_seconds(architecture: str, d_sae: int, n_steps: int, compute_dtype: 
     source = Timed(torch.randn(BATCH, D_IN), batch_size=BATCH)
     config = TrainConfig(n_rows=BATCH * (n_steps + WARM_UP + 1), lr=2e-4, compute_dtype=compute_dtype)
     with tempfile.TemporaryDirectory() as folder:
-        train(coder, source, folder + "/coder", config=config, held_out=[source.x[:512]])
+        train(coder, cast("Any", source), folder + "/coder", config=config, held_out=[source.x[:512]])
     used = marks[-(n_steps + 1) :]
     return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(used, used[1:], strict=False)]
 
@@ -186,7 +186,10 @@ def sae_lens(d_sae: int, architecture: str, *, autocast: bool = False) -> Step:
 
 
 def overcomplete(d_sae: int, name: str) -> Step:
+    import matplotlib.cm
     import torch
+
+    setattr(matplotlib.cm, "get_cmap", matplotlib.colormaps.get_cmap)  # noqa: B010  its pictures ask for what is gone
     from overcomplete import sae as module  # pyright: ignore[reportMissingImports]
     from overcomplete.sae.trackers import DeadCodeTracker  # pyright: ignore[reportMissingImports]
 
