@@ -12,7 +12,8 @@ D_OUT = 23  # of transcoders, whose rows in training are [x_in | x_out]
 # Few rows as candidates, so that they are not already the planted directions.
 OF_DATA = {"n_candidates": 20, "candidates_from": "subsample"}
 # Entries whose untrained codes may reconstruct worse than nothing: dense ones, and directions that overlap.
-OVERSHOOTING = {"gated", "archetypal_topk", "archetypal_batch_topk"}
+OVERSHOOTING = {"gated", "archetypal_batch_topk"}
+SCALED = {"archetypal_topk", "archetypal_batch_topk"}  # W_enc starts as a multiple of W_dec's transpose
 TIED = {"matching_pursuit"}  # W_enc is W_dec's transpose and moves with it
 
 # What each entry needs beyond d_in, d_sae and seed at this size. A new entry without a line here fails the contract.

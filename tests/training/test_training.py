@@ -18,7 +18,8 @@ from vitrail.training.schedule import SCHEDULES, learning_rate
 def test_training_lowers_the_error_and_leaves_a_coder_that_can_be_used(name, tmp_path):
     result = train(coder(name), source(), tmp_path, config=config(n_rows=6400))
     log = read_log(tmp_path / "log.jsonl")
-    assert log[-1]["fvu"] < 0.7 * log[0]["fvu"]
+    # Archetypal directions start as the data's own, and the encoder fitted to them.
+    assert log[-1]["fvu"] < (0.95 if name.startswith("archetypal") else 0.7) * log[0]["fvu"]
     assert not result.coder.training
     x = rows()
     reloaded = load_coder(tmp_path)

@@ -25,10 +25,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vitrail.coders.base import SparseCoder
+from vitrail.coders.select import Encoder, largest_of_rows
+from vitrail.coders.sparse import decode
 from vitrail.statistics import ActivationStats
 
 CHOICES = ("kmeans", "subsample")
 OWN_SHARE = 0.9  # of a mixture's weight, at the start, that its own candidate has
+
+
+ROWS_FOR_SCALE = 1024
 
 
 class Archetypal(SparseCoder):
@@ -67,6 +72,16 @@ class Archetypal(SparseCoder):
             self.candidates.copy_(y[torch.randperm(len(y), generator=generator)[: self.n_candidates].to(y.device)])
         self.constrain_weights()
         self.W_enc.copy_(self.W_dec.t())
+        self._fit_encoder_scale(y[:ROWS_FOR_SCALE])
+
+    def _fit_encoder_scale(self, y: Float[Tensor, "n d_in"]) -> None:
+        """One least-squares factor on W_enc. Directions made of data lie close together: the k that fire say the same
+        thing k times, and without it training starts at an error of a thousand times the variance."""
+        encoder = Encoder(y, self.W_enc, self.b_enc)
+        y_hat = decode(largest_of_rows(encoder, min(getattr(self, "k", self.d_sae), self.d_sae)), self.W_dec)
+        energy = y_hat.square().sum()
+        if energy > 0:
+            self.W_enc.mul_(((y * y_hat).sum() / energy).clamp_min(1e-3))
 
     def mixtures(self) -> Float[Tensor, "d_sae d_in"]:
         """V, before it is given unit norm."""
