@@ -17,7 +17,8 @@ import vitrail.training.loop as loop_file
 from vitrail.coders import load_coder, make_coder
 from vitrail.metrics.reconstruction import fvu
 from vitrail.training import Grid, TensorSource, sweep, train
-from vitrail.training.sweep import cell_name, estimated_cost, read_results
+from vitrail.training.grid import cell_name, estimated_cost
+from vitrail.training.sweep import read_results
 
 GRID = Grid(
     architectures=("topk", "batch_topk", "relu"),
@@ -315,6 +316,8 @@ def test_what_a_coder_takes_is_known_before():
     ("changes", "sentence"),
     [
         ({"architectures": ("topp",)}, "no coder architecture 'topp'"),
+        ({"architectures": ("topk_transcoder",)}, "a sweep reads one hook point and topk_transcoder needs several"),
+        ({"architectures": ("topk", "crosscoder")}, "and crosscoder needs several"),
         ({"arguments": {"l1": (1,)}}, "none of topk takes 'l1'"),
         ({"arguments": {"k": ()}}, "no values for k"),
         ({"lrs": ()}, "the grid has no lrs"),

@@ -22,7 +22,8 @@ from vitrail.progress import Terminal
 from vitrail.store import Store
 from vitrail.studies.first_look import coder_about
 from vitrail.training import Grid, TrainConfig, sweep
-from vitrail.training.sweep import Cell, Cost, SweepResult, estimated_cost, read_results
+from vitrail.training.grid import Cell, Cost, estimated_cost
+from vitrail.training.sweep import SweepResult, read_results
 
 # What a preset asks for; an option given beside it wins. ViSAEBench, section 3 and table 1: the paper names no warm-up,
 # clipping or revival; "constant" is taken to mean no warm-up, the other two are vitrail's own.

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from vitrail.coders.base import SparseCoder, Step, geometric_median, squared_error
 from vitrail.coders.batch_topk import BatchTopK
 from vitrail.coders.columns import stats_of_columns
+from vitrail.coders.levels import count_positive
 from vitrail.coders.normalize import NORMALIZATIONS, Normalization, make_normalization
 from vitrail.coders.relu import ReLU
 from vitrail.coders.sparse import Codes, activations, decode
@@ -250,7 +251,7 @@ class ReLUTranscoder(Transcoder, ReLU):
         x_hat = z @ self.W_dec + self.b_out
         terms = {"reconstruction": squared_error(target, x_hat), "l1": self.l1 * z.sum(1).mean()}
         loss, found = terms["reconstruction"] + terms["l1"], z.detach()
-        fired = (found > 0).sum(0)
+        fired = count_positive(found, 0)
         return Step(
             loss, terms, lambda: Codes.from_dense(found), y=y, target=target, x_hat=x_hat, penalty=("l1",), fired=fired
         )

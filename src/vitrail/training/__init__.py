@@ -1,12 +1,13 @@
 """Training sparse coders."""
 
 from vitrail.training.config import TrainConfig
+from vitrail.training.grid import Grid
 from vitrail.training.log import read_log
 from vitrail.training.loop import TrainResult, train
 from vitrail.training.revive import REVIVERS
 from vitrail.training.schedule import SCHEDULES
 from vitrail.training.source import MixedSource, Source, TensorSource
-from vitrail.training.sweep import Grid, SweepResult, sweep
+from vitrail.training.sweep import SweepResult, sweep
 
 __all__ = [
     "REVIVERS",

@@ -11,16 +11,13 @@ the others. A coder whose loss is no longer finite is stopped and reported, and 
 """
 
 import csv
-import inspect
 import io
 import json
-import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from itertools import product
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,131 +25,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitrail.coders import CODERS, Normalization, SparseCoder, make_coder
-from vitrail.coders.normalize import Normalized
-from vitrail.files import json_digest, read_json, replacing, tensors_digest, write_json
+from vitrail.coders import SparseCoder
+from vitrail.files import json_digest, read_json, replacing, write_json
 from vitrail.progress import SILENT, Progress
-from vitrail.statistics import ActivationStats, Moments
 from vitrail.training.config import TrainConfig, check_same_request
+from vitrail.training.grid import Cell, Grid
 from vitrail.training.loop import TrainResult, _Run
+from vitrail.training.shared import Batches, HeldOut, SharedNormalization, SharedReading
 from vitrail.training.source import Source
 
 FORMAT = "vitrail-sweep"
 VERSION = 1
-HELD_OUT_BYTES = 2**30  # up to so many are read once and kept; more are read again for every coder
-Batches = Iterable[Float[Tensor, "_ d_in"]]
-
-
-# -- the grid
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One coder of a grid. `arguments` are its constructor's, all but d_in."""
-
-    name: str
-    architecture: str
-    arguments: dict[str, Any]
-    lr: float
-    seed: int
-
-    def coder(self, d_in: int) -> SparseCoder:
-        return make_coder(self.architecture, d_in=d_in, **self.arguments)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Architectures x widths x constructor arguments x learning rates x seeds.
-
-    An argument goes to the architectures whose constructor takes it. `expansions` are widths as multiples of d_in,
-    `d_saes` widths outright, instead of them. A seed is that of the starting weights and of training.
-    """
-
-    architectures: Sequence[str]
-    expansions: Sequence[int] = (8,)
-    d_saes: Sequence[int] = ()
-    arguments: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    lrs: Sequence[float] = (5e-4,)
-    seeds: Sequence[int] = (0,)
-
-    def cells(self, d_in: int) -> list[Cell]:
-        """Every coder of the grid, each with a name of its own. Raises ValueError for what no coder can be."""
-        widths = list(self.d_saes) or [expansion * d_in for expansion in self.expansions]
-        for name, values in {"architectures": self.architectures, "lrs": self.lrs, "seeds": self.seeds}.items():
-            if not list(values):
-                raise ValueError(f"the grid has no {name}: give at least one.")
-        cells: dict[str, Cell] = {}
-        for architecture in self.architectures:
-            if architecture not in CODERS:
-                raise ValueError(f"there is no coder architecture {architecture!r}. Known: {', '.join(CODERS)}.")
-            known = inspect.signature(CODERS[architecture]).parameters
-            own = {name: list(values) for name, values in self.arguments.items() if name in known}
-            for d_sae, chosen, lr, seed in product(widths, product(*own.values()), self.lrs, self.seeds):
-                arguments = {"d_sae": d_sae, **dict(zip(own, chosen, strict=True)), "seed": seed}
-                name = cell_name(architecture, d_in, arguments, lr)
-                cells[name] = Cell(name, architecture, arguments, float(lr), int(seed))
-        self._check_arguments()
-        return list(cells.values())
-
-    def _check_arguments(self) -> None:
-        for name, values in self.arguments.items():
-            takers = [a for a in self.architectures if name in inspect.signature(CODERS[a]).parameters]
-            if not takers or name in ("d_in", "d_sae", "seed"):
-                raise ValueError(f"none of {', '.join(self.architectures)} takes {name!r} as an argument to vary.")
-            if not list(values):
-                raise ValueError(f"the grid has no values for {name}: give at least one.")
-
-
-def cell_name(architecture: str, d_in: int, arguments: Mapping[str, Any], lr: float) -> str:
-    """topk-x8-k32-lr0.0005-s0: the same for the same coder in whatever grid it stands.
-
-    The constructor's first argument after the widths (k, l1) is always named, another where it is not the default.
-    """
-    parameters = inspect.signature(CODERS[architecture]).parameters
-    own = [name for name in parameters if name not in ("d_in", "d_sae", "seed")]
-    d_sae = arguments["d_sae"]
-    parts = [architecture, f"x{d_sae // d_in}" if d_sae % d_in == 0 else f"d{d_sae}"]
-    for name in own:
-        value = arguments.get(name, parameters[name].default)
-        if value != parameters[name].default or (name == own[0] and value is not None):
-            parts.append(_named(name, value))
-    return "-".join([*parts, _named("lr", lr), _named("s", arguments["seed"])])
-
-
-def _named(name: str, value: Any) -> str:
-    """k32, l1_0.5, inference_relu, ks1.3.9"""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    text = f"{value:.12g}" if number else str(value)
-    if isinstance(value, list | tuple):
-        text, number = ".".join(f"{inner}" for inner in value), True
-    return f"{name}_{text}" if not number or name[-1].isdigit() else f"{name}{text}"
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one coder takes. `held_bytes`: weights, gradients and Adam's two moments. `step_flops`: of one batch."""
-
-    parameters: int
-    held_bytes: int
-    step_bytes: int
-    step_flops: int
-
-
-def estimated_cost(cell: Cell, d_in: int, batch_size: int) -> Cost:
-    """Before anything is trained. FLOPs: the encoder's product, and the other products over k latents a row, or over
-    half of them where the architecture names no k."""
-    coder = cell.coder(d_in)
-    parameters = sum(p.numel() for p in coder.parameters() if p.requires_grad)
-    size = coder.W_dec.element_size()
-    k = getattr(coder, "k", None)
-    active = k if isinstance(k, int) else coder.d_sae // 2
-    # decode, its two gradients and the encoder's: 2 + 4 + 2 per active latent and dimension
-    flops = 2 * batch_size * d_in * coder.d_sae + 8 * batch_size * d_in * active + 12 * parameters
-    # the pre-activations and what is made of them
-    return Cost(parameters, 4 * size * parameters, 2 * size * batch_size * coder.d_sae, flops)
-
-
-# -- the sweep
 
 
 @dataclass(frozen=True)
@@ -253,10 +136,10 @@ class _Sweep:
         workers: int,
     ) -> None:
         self.cells = {cell.name: cell for cell in cells}
-        self.reading, self.out, self.config, self.metadata = _Reading(source), out, config, metadata
-        self.held_out = None if held_out is None else _HeldOut(held_out, device)
+        self.reading, self.out, self.config, self.metadata = SharedReading(source), out, config, metadata
+        self.held_out = None if held_out is None else HeldOut(held_out, device)
         self.device, self.workers = device, workers
-        self.table, self.normal = _Table(out, list(self.cells)), _SharedNormalization()
+        self.table, self.normal = _Table(out, list(self.cells)), SharedNormalization()
         self.members: dict[str, _Member] = {}
         self.finished: dict[str, TrainResult] = {}
         self.stopped: dict[str, str] = {}
@@ -450,187 +333,6 @@ def _declare(out: Path, grid: Grid, cells: list[Cell], source: Source) -> None:
     declared = {cell.name: {key: value for key, value in asdict(cell).items() if key != "name"} for cell in cells}
     about = {"format": FORMAT, "version": VERSION, "grid": asdict(grid), "cells": {**before, **declared}}
     write_json(path, {**about, "d_in": source.d_in, "source": source.identity})
-
-
-# -- what is shared
-
-
-class _Reading:
-    """A source whose rows are read once, however many coders ask for them.
-
-    Within `remembering()` what was read is kept, so that another reading from the same position costs nothing; outside
-    it, what was kept is handed out once more and forgotten. The iterator below is left open between readings: a store
-    would otherwise fill its window again.
-    """
-
-    d_in: int
-    stats: ActivationStats
-    n_rows: int | None
-    identity: str
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.d_in, self.stats, self.n_rows, self.identity = source.d_in, source.stats, source.n_rows, source.identity
-        self._position, self._remember = source.state_dict(), False
-        self._kept: dict[str, tuple[Tensor, dict[str, Any]]] = {}
-        self._open: Iterator[Tensor] | None = None
-        self._open_at: dict[str, Any] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(self._position)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._position = dict(state)
-
-    def __iter__(self) -> Iterator[Float[Tensor, "n d_in"]]:
-        while True:
-            key = json.dumps(self._position, sort_keys=True)
-            made = self._kept.get(key) if self._remember else self._kept.pop(key, None)
-            if made is None:
-                made = self._next()
-                if made is None:
-                    return
-                if self._remember:
-                    self._kept[key] = made
-            x, self._position = made
-            yield x
-
-    def _next(self) -> tuple[Tensor, dict[str, Any]] | None:
-        if self._open is None or self._open_at != self._position:
-            self.close()
-            self.source.load_state_dict(self._position)
-            self._open = iter(self.source)
-        try:
-            x = next(self._open)
-        except StopIteration:
-            self._open, self._position = None, self.source.state_dict()
-            return None
-        self._open_at = self.source.state_dict()
-        return x, dict(self._open_at)
-
-    @contextmanager
-    def remembering(self) -> Iterator[None]:
-        self._remember = True
-        try:
-            yield
-        finally:
-            self._remember = False
-
-    def batches(self, rows: int, total: int, device: torch.device) -> Iterator[Float[Tensor, "n d_in"]]:
-        """From `rows` to `total`, over as many epochs as it takes: what a run alone would be handed."""
-        while rows < total:
-            rows_before = rows
-            for x in self:
-                x = x[: total - rows].to(device)
-                rows += len(x)
-                yield x
-                if rows >= total:
-                    return
-            if rows == rows_before:
-                raise ValueError("the source gave no rows in a whole epoch: there is nothing to train on.")
-
-    def close(self) -> None:
-        if self._open is not None and hasattr(self._open, "close"):
-            self._open.close()  # pyright: ignore[reportAttributeAccessIssue]
-        self._open = None
-
-
-class _SharedNormalization:
-    """Normalises prepared batches once for all coders of the same normalisation and the same buffers.
-
-    It stands before each module's `forward`, so that coders, their buffers and what is saved of them stay as they are.
-    What is not a prepared batch, or a view of all of one, takes the module's own way.
-    """
-
-    def __init__(self) -> None:
-        self._ways: dict[str, Any] = {}
-        # The batch is held beside what was made of it, so that its memory is not another's meanwhile.
-        self._made: dict[str, dict[tuple[Any, ...], tuple[Tensor, Normalized]]] = {}
-
-    @contextmanager
-    def of(self, normalizations: Iterable[Normalization]) -> Iterator[None]:
-        joined = list(normalizations)
-        for normalization in joined:
-            kind = f"{type(normalization).__qualname__} {tensors_digest(normalization.state_dict())}"
-            self._ways.setdefault(kind, normalization.forward)
-            normalization.forward = self._way(kind, normalization.forward)
-        try:
-            yield
-        finally:
-            self._ways, self._made = {}, {}
-            for normalization in joined:
-                vars(normalization).pop("forward", None)
-
-    def _way(self, kind: str, own: Any) -> Any:
-        def forward(x: Float[Tensor, "n d_in"]) -> Normalized:
-            _, made = self._made.get(kind, {}).get(_memory(x), (x, None))
-            return own(x) if made is None else made
-
-        return forward
-
-    def prepare(self, batches: Iterable[Float[Tensor, "_ d_in"]]) -> None:
-        """Forgets the batches before."""
-        batches = list(batches)
-        for kind, own in self._ways.items():
-            self._made[kind] = {_memory(x): (x, own(x)) for x in batches}
-
-
-def _memory(x: Tensor) -> tuple[Any, ...]:
-    """The same for views of the same numbers, until one of them is written to."""
-    return x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, x._version
-
-
-class _HeldOut:
-    """Held-out rows, the same in the same order for every coder."""
-
-    def __init__(self, batches: Batches, device: torch.device) -> None:
-        self.batches, self.device = list(batches) if isinstance(batches, Iterator) else batches, device
-        self.identity = getattr(batches, "identity", "") or ""
-        self._start = batches.state_dict() if isinstance(batches, Source) else None
-        self._kept: list[Tensor] | None = None
-        self._spread: Moments | None = None
-
-    def __iter__(self) -> Iterator[Float[Tensor, "_ d_in"]]:
-        if self._kept is not None:
-            yield from self._kept
-            return
-        if isinstance(self.batches, Source) and self._start is not None:
-            self.batches.load_state_dict(self._start)
-        for x in self.batches:
-            yield x.to(self.device)
-
-    def keep(self) -> list[Tensor]:
-        """The batches, held from now on; none of them if they are more than HELD_OUT_BYTES."""
-        kept, size = [], 0
-        for x in self:
-            size += x.numel() * x.element_size()
-            if size > HELD_OUT_BYTES:
-                return []
-            kept.append(x)
-        self._kept = kept
-        return kept
-
-    @torch.no_grad()
-    def measure(self, coder: SparseCoder) -> dict[str, Any]:
-        """fvu: sum ||x - x_hat||^2 / sum ||x - mean||^2 over all rows, from sparse codes; l0: their mean per row.
-        {} for coders whose rows carry a target of another kind."""
-        if coder.d_row != coder.d_in:
-            return {}
-        if self._spread is None:
-            self._spread = Moments()
-            for x in self:
-                self._spread.update(x.float().cpu())
-        error, entries = 0.0, 0
-        for x in self:
-            codes = coder.encode_sparse(x)
-            error += float((coder.decode_sparse(codes) - x).square().sum(dtype=torch.float64))
-            entries += codes.nnz
-        rows, total = self._spread.n, float(self._spread.variance().sum()) * self._spread.n
-        fvu = error / total if total > 0 else math.nan
-        return {"fvu": fvu if math.isfinite(fvu) else None, "l0": entries / rows, "rows": rows}
-
-
-# -- the table
 
 
 class _Table:
