@@ -10,7 +10,7 @@ SRC = Path(__file__).parents[1] / "src" / "vitrail"
 # Lowest first. A module may import from lower floors and from its own package; floors of two rooms never meet
 # sideways: `coders` and `training` know nothing of vision, `backbones`, `images` and `store` nothing of coders.
 FLOORS = [
-    {"files", "statistics", "progress", "provenance"},
+    {"files", "memory", "statistics", "progress", "provenance"},
     {"tables"},
     {"hooks", "images", "coders"},
     {"backbones", "training", "foreign", "hub"},

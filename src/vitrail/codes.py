@@ -21,6 +21,7 @@ from vitrail.coders.base import SparseCoder
 from vitrail.coders.checkpoint import coder_metadata
 from vitrail.coders.sparse import Codes
 from vitrail.files import file_digest, json_digest, open_tensors, read_json, tensors_digest, write_json, write_tensors
+from vitrail.memory import reused_memory
 from vitrail.progress import SILENT, Progress
 from vitrail.store.read import Store
 
@@ -140,6 +141,7 @@ class CodeStore:
         return self.n_tokens == self.manifest.grid.n_patches
 
 
+@reused_memory()
 def encode(
     coder: SparseCoder,
     store: Store,

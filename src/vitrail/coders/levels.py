@@ -1,4 +1,4 @@
-"""Reconstructions of nested levels of one dictionary, all for about the price of the largest.
+"""The error of nested levels of one dictionary, all for about the price of the largest.
 
 Levels k_1 < ... < k_h of a row are its k largest latents, ranked once. Their differences are disjoint bands:
 
@@ -9,6 +9,10 @@ Levels k_1 < ... < k_h of a row are its k largest latents, ranked once. Their di
 so that no latent is decoded twice. A level that holds every positive latent of every row needs no ranking. A band that
 is a small part of the dictionary is decoded entry by entry, a large one by a masked dense product; SPARSE_BELOW is
 where the two cost the same. MSAE's code ranks and decodes every level by itself.
+
+Rows go through in chunks that stay in the cache. A chunk's gradients are worked out as soon as its errors are known, so
+that its pre-activations and dense bands can be let go: none of the size of the batch is ever held. On a CPU a chunk is
+ranked by one sort of integers, the value's bits above and the latent's number below: a fifth of what an argsort costs.
 """
 
 import itertools
@@ -18,57 +22,54 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from vitrail.coders.select import Encoder
 from vitrail.coders.sparse import Codes, bag, entry_dots, scatter_to_latents
 
 # Part of the dictionary: entry by entry 64 of 6,144 latents cost 10 + 15 + 10 ms for the three products, dense in
 # float32 3 x 400, in bfloat16 3 x 95 (one core, 4,096 rows of 768).
 SPARSE_BELOW = {torch.float32: 1 / 4, torch.float64: 1 / 4, torch.bfloat16: 1 / 20}
 SPARSE_BELOW_ON_GPU = 1 / 40
-ROWS_PER_SORT = 128
+ROWS_PER_SORT = 64
 
 
 @dataclass(frozen=True)
 class Levels:
-    """`reconstructions[i]` is z_i @ W_dec. `pre`: pre-activations, without gradient."""
+    """`loss` is differentiable, the rest are not.
 
-    reconstructions: list[Float[Tensor, "n d"]]
-    pre: Float[Tensor, "n d_sae"]
+    `loss` is sum_i alpha_i errors_i; `errors` each level's squared error, summed over dimensions, averaged over rows;
+    `x_hat` the largest level's reconstruction, with b_dec; `fired` in how many rows each latent was positive and, with
+    `fired_k`, among the fired_k largest.
+    """
+
+    loss: Float[Tensor, ""]
+    errors: Float[Tensor, " h"]
+    x_hat: Float[Tensor, "n d_in"]
+    fired: Int[Tensor, " d_sae"]
 
 
-@dataclass(frozen=True)
-class _Band:
-    """Either `codes`, n rows of them, or `z`. Bands are decoded one by one: the gradients S_j of one fit the cache."""
-
-    codes: Codes | None
-    z: Float[Tensor, "n d_sae"] | None
-
-
-def decode_levels(
+def nested_levels(
     y: Float[Tensor, "n d_in"],
     b_dec: Float[Tensor, " d_in"],
     W_enc: Float[Tensor, "d_in d_sae"],
     b_enc: Float[Tensor, " d_sae"],
-    W_dec: Float[Tensor, "d_sae d_out"],
+    W_dec: Float[Tensor, "d_sae d_in"],
     levels: tuple[int, ...],
+    alphas: tuple[float, ...],
     *,
     soft_cap: float | None = None,
     dtype: torch.dtype | None = None,
+    fired_k: int | None = None,
 ) -> Levels:
-    """Every level's z_i @ W_dec, differentiable in all five tensors but y.
+    """Every level's error, and their weighted sum, differentiable in all five tensors but y.
 
-    `dtype`: of the dense products (bfloat16: inputs rounded, sums in float32); None: the weights' own.
+    `dtype`: of the dense products and what lies between them (bfloat16: sums in float32); None: the weights' own.
     """
-    with torch.no_grad():
-        pre = product(y - b_dec, W_enc, dtype).add_(b_enc)
-        most = int(count_positive(pre, 1).max())
-    ranked = tuple(k for k in levels if k < most)
-    with_all = len(ranked) < len(levels)
-    stacked = _Levels.apply(y, b_dec, W_enc, b_enc, W_dec, pre, ranked, most, with_all, soft_cap, dtype or pre.dtype)
-    distinct = list(stacked.unbind(0))  # pyright: ignore[reportOptionalMemberAccess]
-    return Levels(distinct + [distinct[-1]] * (len(levels) - len(distinct)), pre)
+    weights = (b_dec, W_enc, b_enc, W_dec)
+    asked = _Asked(levels, alphas, soft_cap, dtype or W_dec.dtype, fired_k, torch.is_grad_enabled())
+    return Levels(*_Levels.apply(y, *weights, asked))  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
 
 
 def count_positive(pre: Float[Tensor, "n m"], dim: int) -> Tensor:
@@ -76,108 +77,184 @@ def count_positive(pre: Float[Tensor, "n m"], dim: int) -> Tensor:
     return (pre > 0).to(torch.float32).sum(dim).long()
 
 
-def product(a: Float[Tensor, "n m"], b: Float[Tensor, "m p"], dtype: torch.dtype | None) -> Float[Tensor, "n p"]:
-    """a @ b in `dtype`, given in the dtype of `a`."""
-    return a @ b if dtype is None or dtype == a.dtype else (a.to(dtype) @ b.to(dtype)).to(a.dtype)
+@dataclass(frozen=True)
+class _Asked:
+    levels: tuple[int, ...]
+    alphas: tuple[float, ...]
+    soft_cap: float | None
+    dtype: torch.dtype
+    fired_k: int | None
+    with_gradient: bool
 
 
 class _Levels(torch.autograd.Function):
+    """Gradients are made going forward and only scaled going backward: the errors are scalars of one known form."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        y: Tensor,
-        b_dec: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        W_dec: Tensor,
-        pre: Tensor,
-        ranked: tuple[int, ...],
-        most: int,
-        with_all: bool,
-        soft_cap: float | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        n, d_sae = pre.shape
-        edges = [0, *ranked, *([most] if with_all else [])]
-        widths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
-        share = SPARSE_BELOW[dtype] if pre.device.type == "cpu" else SPARSE_BELOW_ON_GPU
-        sparse = [j for j, width in enumerate(widths) if width < share * d_sae]
-        order = _ranking(pre, most if len(widths) > len(ranked) and len(ranked) in sparse else max(ranked, default=0))
-        bands = [
-            _Band(_entries(pre, order, a, b, soft_cap), None)
-            if j in sparse
-            else _Band(None, _capped(_masked(pre, order, a, b, is_last=j == len(ranked)), soft_cap).to(dtype))
-            for j, (a, b) in enumerate(itertools.pairwise(edges))
-        ]
-        low = W_dec.to(dtype)
-        decoded = pre.new_empty(len(widths), n, W_dec.shape[1])
-        for j, band in enumerate(bands):
-            if band.codes is not None:
-                decoded[j] = bag(W_dec, band.codes.indices, band.codes.offsets, band.codes.values)
-            elif band.z is not None:
-                decoded[j] = band.z @ low
-        ctx.save_for_backward(y, b_dec, W_enc, W_dec)
-        ctx.bands, ctx.soft_cap, ctx.low = bands, soft_cap, low
-        return decoded.cumsum_(0)
+        ctx: Any, y: Tensor, b_dec: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, asked: _Asked
+    ) -> tuple[Tensor, ...]:
+        of_batch = _Batch(y, b_dec, W_enc, b_enc, W_dec, asked)
+        for first, pre in of_batch.encoder.chunks():
+            of_batch.take(first, pre)
+        errors = torch.stack(of_batch.errors) / len(y)
+        loss = (errors * errors.new_tensor(asked.alphas)).sum()
+        if asked.with_gradient:
+            ctx.save_for_backward(*of_batch.gradients())
+        ctx.mark_non_differentiable(errors, of_batch.x_hat, of_batch.fired)
+        return loss, errors, of_batch.x_hat, of_batch.fired
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, b_dec, W_enc, W_dec = ctx.saved_tensors
-        low, dtype = ctx.low, ctx.low.dtype
-        for_pre = y.new_zeros(len(y), len(W_dec))
-        for_W_dec = torch.zeros_like(W_dec)
-        suffix = torch.zeros_like(g[0])
-        for band, of_level in zip(reversed(ctx.bands), reversed(g.unbind(0)), strict=True):
-            suffix += of_level
-            if band.codes is not None:
-                slopes = _uncapped(entry_dots(suffix, W_dec, band.codes), band.codes.values, ctx.soft_cap)
-                _put(for_pre, band.codes, slopes)
-                for_W_dec += scatter_to_latents(suffix, band.codes.values, band.codes)
-            else:
-                slopes = _uncapped(suffix.to(dtype) @ low.t(), band.z, ctx.soft_cap)
-                for_pre += slopes.mul_(band.z > 0)
-                for_W_dec += band.z.t() @ suffix.to(dtype)
-        for_b_enc = for_pre.sum(0)
-        for_W_enc = product(for_pre.t(), y - b_dec, dtype).t()
-        return None, -(W_enc @ for_b_enc), for_W_enc, for_b_enc, for_W_dec, None, None, None, None, None, None
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Nearly always 1; asking a GPU for its value would wait for it.
+        is_one = g.device.type == "cpu" and g.item() == 1
+        return None, *(each if is_one else each * g for each in ctx.saved_tensors), None
 
 
-def _put(into: Float[Tensor, "n d_sae"], codes: Codes, values: Float[Tensor, " nnz"]) -> None:
-    """At the codes' entries. No entry comes twice."""
-    width = codes.nnz // codes.n
-    if width and codes.nnz == codes.n * width and bool((codes.l0() == width).all()):
-        into.scatter_(1, codes.indices.view(-1, width), values.view(-1, width))
-    else:
-        into.view(-1)[codes.rows() * codes.d_sae + codes.indices] = values
+class _Batch:
+    """Errors and gradients of a batch, gathered chunk by chunk."""
+
+    def __init__(self, y: Tensor, b_dec: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, asked: _Asked) -> None:
+        self.y, self.b_dec, self.W_enc, self.W_dec, self.asked = y, b_dec, W_enc, W_dec, asked
+        self.low_W_dec = W_dec.to(asked.dtype)
+        self.encoder = Encoder(y - b_dec, W_enc, b_enc, asked.dtype)
+        self.errors = [y.new_zeros(()) for _ in asked.levels]
+        self.x_hat = torch.empty_like(y)
+        self.fired = torch.zeros(len(W_dec), dtype=torch.int64, device=y.device)
+        if asked.with_gradient:
+            self.for_W_dec, self.for_W_enc = torch.zeros_like(W_dec), torch.zeros_like(W_dec)  # latent by latent
+            self.for_b_enc, self.of_output = torch.zeros_like(b_enc), torch.zeros_like(b_dec)
+
+    def take(self, first: int, pre: Float[Tensor, "m d_sae"]) -> None:
+        levels, y = self.asked.levels, self.y[first : first + len(pre)]
+        most = int(count_positive(pre, 1).max())
+        ranked = tuple(k for k in levels if k < most)
+        edges = [0, *ranked, *([most] if len(ranked) < len(levels) else [])]
+        bands = self._bands(pre, edges, len(ranked), n_fired=min(self.asked.fired_k or most, most))
+        errors = self._decoded(bands, len(pre)).cumsum_(0).add_(self.b_dec - y)  # x_hat_i - y of each distinct level
+        self.x_hat[first : first + len(pre)] = errors[-1] + y
+        squares = [error.square().sum() for error in errors]
+        weights = [0.0] * len(errors)
+        for i, alpha in enumerate(self.asked.alphas):
+            distinct = min(i, len(errors) - 1)
+            weights[distinct] += alpha
+            self.errors[i] += squares[distinct]
+        if self.asked.with_gradient:
+            for error, weight in zip(errors, weights, strict=True):
+                error *= 2 * weight / len(self.y)
+            for larger, smaller in itertools.pairwise(list(errors.unbind(0))[::-1]):
+                smaller += larger  # S_j
+            self._take_gradients(pre, bands, errors, first)
+
+    def _bands(self, pre: Tensor, edges: list[int], n_ranked: int, n_fired: int) -> "_Bands":
+        """One for each two neighbouring edges. Counts what fired on the way."""
+        dtype, soft_cap = self.asked.dtype, self.asked.soft_cap
+        share = SPARSE_BELOW[dtype] if pre.device.type == "cpu" else SPARSE_BELOW_ON_GPU
+        spans = list(itertools.pairwise(edges))
+        sparse = [j for j, (a, b) in enumerate(spans) if b - a < share * pre.shape[1]]
+        n_sorted = edges[-1] if n_ranked in sparse else edges[n_ranked]
+        if self.asked.fired_k is None:
+            order = _ranking(pre, n_sorted)
+            self.fired += count_positive(pre, 0)
+        else:
+            order = _ranking(pre, max(n_sorted, n_fired))
+            self.fired += _entries(pre, order, 0, n_fired).fired()
+        order = order[:, order.shape[1] - n_sorted :]
+        codes = Codes.cat([_entries(pre, order, *spans[j]) for j in sparse]) if sparse else None
+        if codes is not None:
+            codes = codes.with_values(_capped(codes.values.to(self.W_dec.dtype), soft_cap))
+        z = {
+            j: _capped(_masked(pre, order, a, b, is_last=j == n_ranked), soft_cap)
+            for j, (a, b) in enumerate(spans)
+            if j not in sparse
+        }
+        return _Bands(len(spans), sparse, codes, z)
+
+    def _decoded(self, bands: "_Bands", n: int) -> Float[Tensor, "bands n d_in"]:
+        decoded = self.y.new_empty(bands.count, n, self.W_dec.shape[1])
+        if bands.codes is not None:
+            entrywise = bag(self.W_dec, bands.codes.indices, bands.codes.offsets, bands.codes.values)
+            for j, one in zip(bands.sparse, entrywise.view(len(bands.sparse), n, -1), strict=True):
+                decoded[j] = one
+        for j, z in bands.z.items():
+            decoded[j] = z @ self.low_W_dec
+        return decoded
+
+    def _take_gradients(
+        self, pre: Tensor, bands: "_Bands", suffixes: Float[Tensor, "bands n d_in"], first: int
+    ) -> None:
+        n, soft_cap, codes = len(pre), self.asked.soft_cap, bands.codes
+        for_pre = torch.zeros_like(pre)
+        if codes is not None:
+            of_entries = suffixes[bands.sparse].flatten(0, 1)
+            self.for_W_dec += scatter_to_latents(of_entries, codes.values, codes)
+            slopes = _uncapped(entry_dots(of_entries, self.W_dec, codes), codes.values, soft_cap)
+            for_pre.view(-1)[codes.rows() % n * codes.d_sae + codes.indices] = slopes.to(pre.dtype)
+        for j, z in bands.z.items():
+            low = suffixes[j].to(pre.dtype)
+            slopes = torch.ops.aten.threshold_backward(low @ self.low_W_dec.t(), z, 0.0)
+            for_pre += _uncapped(slopes, z, soft_cap)
+            self.for_W_dec += z.t() @ low
+        self.of_output += suffixes[0].sum(0)
+        self.for_b_enc += for_pre.sum(0, dtype=self.for_b_enc.dtype)
+        self.for_W_enc += for_pre.t() @ self.encoder.rows(first, n)
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        """With respect to b_dec, W_enc, b_enc, W_dec."""
+        for_b_dec = self.of_output - self.W_enc @ self.for_b_enc
+        return for_b_dec, self.for_W_enc.t(), self.for_b_enc, self.for_W_dec
 
 
-def _ranking(pre: Float[Tensor, "n d_sae"], k: int) -> Tensor:
-    """(n, k) latents of each row, the largest last. Only the k largest are there."""
+@dataclass(frozen=True)
+class _Bands:
+    """Of a chunk of n rows: `codes` are those decoded entry by entry, n rows each, stacked; `z` the rest."""
+
+    count: int
+    sparse: list[int]
+    codes: Codes | None
+    z: dict[int, Float[Tensor, "n d_sae"]]
+
+
+def _ranking(pre: Float[Tensor, "n d_sae"], k: int) -> Int[Tensor, "n k"]:
+    """The k largest latents of each row, the largest last. Those that are not positive come in any order."""
     if k == 0:
         return torch.empty(len(pre), 0, dtype=torch.int64, device=pre.device)
-    if pre.device.type == "cpu":  # numpy's sort is four times as fast as torch's here, and lets go of the GIL
-        ranked = torch.empty(len(pre), k, dtype=torch.int64)
+    if pre.device.type != "cpu" or pre.dtype not in _BITS:
+        return pre.topk(k, dim=1).indices.flip(1)
+    bits, of_value, wide = _BITS[pre.dtype]
+    if pre.shape[1] > 2**bits:
+        bits, wide = 32, np.int64
+    values = pre.view(of_value).numpy()
+    latents = np.arange(pre.shape[1], dtype=wide)
+    ranked = torch.empty(len(pre), k, dtype=torch.int64)
 
-        def rank(first: int) -> None:
-            rows = slice(first, first + ROWS_PER_SORT)
-            ranked[rows] = torch.from_numpy(np.argsort(pre[rows].numpy(), axis=1))[:, -k:]
+    def rank(first: int) -> None:  # numpy lets go of the GIL
+        rows = slice(first, first + ROWS_PER_SORT)
+        keys = values[rows].astype(wide)
+        keys <<= bits
+        keys |= latents  # no two are equal
+        keys.sort(axis=1)
+        np.bitwise_and(keys[:, -k:], 2**bits - 1, out=ranked[rows].numpy(), casting="same_kind")
 
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            list(threads.map(rank, range(0, len(pre), ROWS_PER_SORT)))
-        return ranked
-    return pre.topk(k, dim=1).indices.flip(1)
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(rank, range(0, len(pre), ROWS_PER_SORT)))
+    return ranked
 
 
-def _entries(pre: Tensor, order: Tensor, a: int, b: int, soft_cap: float | None) -> Codes:
+# Bits for the latent's number; a value's bits as an integer, which rises with a positive value; the two together.
+_BITS = {torch.bfloat16: (16, torch.int16, np.int32), torch.float32: (32, torch.int32, np.int64)}
+
+
+def _entries(pre: Tensor, order: Tensor, a: int, b: int) -> Codes:
     """The positive entries at ranks a .. b."""
     width = order.shape[1]
     indices = order[:, max(0, width - b) : width - a]
     values = pre.gather(1, indices)
     if values.numel() == 0 or not bool((values > 0).all()):
-        return Codes.from_padded(indices, _capped(values, soft_cap), pre.shape[1])
+        return Codes.from_padded(indices, values, pre.shape[1])
     offsets = torch.arange(0, indices.numel() + 1, indices.shape[1], device=pre.device)
-    return Codes(offsets, indices.flatten(), _capped(values, soft_cap).flatten(), pre.shape[1])
+    return Codes(offsets, indices.flatten(), values.flatten(), pre.shape[1])
 
 
 def _masked(pre: Tensor, order: Tensor, a: int, b: int, *, is_last: bool) -> Tensor:

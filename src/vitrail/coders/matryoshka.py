@@ -11,6 +11,7 @@ follows the released code; it only rescales the learning rate. `soft_cap=c` deco
 prints no c, its code says 30).
 
 All levels cost about one decode: one ranking, disjoint bands, prefix sums forward and suffix sums backward (levels.py).
+`terms` are read, not trained: only their sum has a gradient.
 """
 
 from collections.abc import Sequence
@@ -19,8 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitrail.coders.base import SparseCoder, Step, squared_error
-from vitrail.coders.levels import count_positive, decode_levels
+from vitrail.coders.base import SparseCoder, Step
+from vitrail.coders.levels import nested_levels
 from vitrail.coders.sparse import Codes
 
 WEIGHTINGS = ("uniform", "reverse")
@@ -76,41 +77,34 @@ class Matryoshka(SparseCoder):
 
     def loss(self, x: Float[Tensor, "n d_in"]) -> Step:
         y = self.normalized(x)
-        levels = decode_levels(
+        alphas = tuple(alpha / sum(self.alphas) for alpha in self.alphas)
+        found = nested_levels(
             y,
             self.b_dec,
             self.W_enc,
             self.b_enc,
             self.W_dec,
             self.levels,
+            alphas,
             soft_cap=self.soft_cap,
             dtype=self.selection_dtype,
+            fired_k=self.inference_k,
         )
-        alphas = [alpha / sum(self.alphas) for alpha in self.alphas]
-        terms = {
-            f"level_{k}": alpha * squared_error(y, y_hat + self.b_dec)
-            for k, alpha, y_hat in zip(self.levels, alphas, levels.reconstructions, strict=True)
-        }
-        loss = torch.stack(list(terms.values())).sum()
-        x_hat = levels.reconstructions[-1] + self.b_dec
+        terms = {f"level_{k}": a * e for k, a, e in zip(self.levels, alphas, found.errors, strict=True)}
         return Step(
-            loss,
+            found.loss,
             terms,
-            lambda: self._codes_in_use(levels.pre),
+            lambda: self._codes_in_use(y),
             y=y,
             target=y,
-            x_hat=x_hat,
-            fired=self._fired(levels.pre),
+            x_hat=found.x_hat,
+            fired=found.fired,
         )
 
     @torch.no_grad()
-    def _codes_in_use(self, pre: Tensor) -> Codes:
-        codes = self.select(pre)
+    def _codes_in_use(self, y: Tensor) -> Codes:
+        codes = self.by_chunks(self.select, y)
         return codes.with_values(self._capped(codes.values))
-
-    @torch.no_grad()
-    def _fired(self, pre: Tensor) -> Tensor | None:
-        return count_positive(pre, 0) if self.inference_k is None else None
 
     def _capped(self, values: Tensor) -> Tensor:
         return values if self.soft_cap is None else self.soft_cap * torch.tanh(values / self.soft_cap)

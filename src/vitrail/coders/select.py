@@ -22,6 +22,7 @@ from torch import Tensor
 from vitrail.coders.sparse import Codes, entry_dots
 
 PRE_ACTIVATION_BYTES = 2**24  # of one chunk: selection passes over it again while it is still in the cache
+PRE_ACTIVATION_BYTES_ON_GPU = 2**28  # few, full products
 PLAIN = 512  # fewer latents than this are simply ranked
 SPARE = 8  # one candidate in so many more than k, at least so many, where bfloat16 finds them
 GUESSES = (0.9, 0.6, 0.0)  # of the smallest entry picked in earlier batches
@@ -45,11 +46,17 @@ class Encoder:
     def chunks(self) -> Iterator[tuple[int, Float[Tensor, "m d_sae"]]]:
         """(first row, pre-activations). The memory is used again for the next chunk."""
         centred, W_enc, b_enc = self._in
-        size = max(1, min(self.n, PRE_ACTIVATION_BYTES // (self.d_sae * centred.element_size())))
+        room = PRE_ACTIVATION_BYTES if centred.device.type == "cpu" else PRE_ACTIVATION_BYTES_ON_GPU
+        most = max(1, room // (self.d_sae * centred.element_size()))
+        size = max(1, -(-self.n // -(-self.n // most)))  # chunks of one size
         memory = torch.empty(size, self.d_sae, dtype=centred.dtype, device=centred.device)
         for first in range(0, self.n, size):
             rows = centred[first : first + size]
             yield first, torch.addmm(b_enc, rows, W_enc, out=memory[: len(rows)])
+
+    def rows(self, first: int, n: int) -> Float[Tensor, "n d_in"]:
+        """What `n` rows from `first` on look like to the product."""
+        return self._in[0][first : first + n]
 
     def exact_values(self, codes: Codes) -> Codes:
         """The same entries, valued in full precision."""

@@ -9,12 +9,16 @@ With entry p of the codes in row r[p], latent i[p], value v[p], and g the gradie
 
 Each is one `embedding_bag` over the codes or over their transpose, which is sorted once and used by both weight
 gradients. On a CPU at d_sae = 24,576 and k = 64 a decode costs 1/26 of the dense product (PEERS.md, section 10).
+On CUDA the sums and the dots are the Triton kernels of triton_kernels.py, where triton is installed.
 """
 
+import functools
 import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -237,8 +241,9 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, W_dec = ctx.saved_tensors
         g, codes = g.contiguous(), ctx.codes
-        for_values = entry_dots(g, W_dec, codes) if ctx.needs_input_grad[0] else None
+        # The weights first: a GPU's `entry_dots` reads latent by latent where the transpose is at hand.
         for_weights = scatter_to_latents(g, values, codes) if ctx.needs_input_grad[1] else None
+        for_values = entry_dots(g, W_dec, codes) if ctx.needs_input_grad[0] else None
         return for_values, for_weights, None
 
 
@@ -254,7 +259,7 @@ class _Activations(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         y, b_dec, W_enc = ctx.saved_tensors
         g, codes = g.contiguous(), ctx.codes
-        for_b_enc = g.new_zeros(codes.d_sae).index_add_(0, codes.indices.long(), g)
+        for_b_enc = scatter_to_latents(g.new_ones(codes.n, 1), g, codes)[:, 0]  # in a fixed order on GPUs too
         for_W_enc = scatter_to_latents(y - b_dec, g, codes).t() if ctx.needs_input_grad[2] else None
         # The encoder reads y - b_dec. Its gradient summed over the rows is one product with a vector, so that the
         # (n, d_in) one is worked out only for those who ask for the gradient of their input.
@@ -265,6 +270,8 @@ class _Activations(torch.autograd.Function):
 
 def bag(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
     """out[b] = sum over p in bag b of weights[p] table[indices[p]]."""
+    if kernels := _kernels(table.device):
+        return kernels.bag(table, indices, offsets, weights)
     return embedding_bag(
         indices.long(), table, offsets.long(), mode="sum", per_sample_weights=weights, include_last_offset=True
     )
@@ -284,6 +291,8 @@ def entry_dots(per_row: Float[Tensor, "n d"], per_latent: Float[Tensor, "d_sae d
     """
     if codes.nnz == 0:
         return per_row.new_zeros(0)
+    if kernels := _kernels(per_row.device):
+        return kernels.entry_dots(per_row, per_latent, codes)
     order, rows, offsets = codes.transposed()
     per_row, per_latent = per_row.contiguous(), per_latent.contiguous()
     if per_row.device.type == "cpu" and torch.backends.mkl.is_available():
@@ -294,6 +303,22 @@ def entry_dots(per_row: Float[Tensor, "n d"], per_latent: Float[Tensor, "d_sae d
             per_latent, per_row, rows, offsets[:-1], latents, 0
         )
     return torch.empty_like(dots).index_put_((order,), dots)
+
+
+@functools.cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    """triton_kernels.py on a CUDA device, where triton is installed, knows the card (Ampere and later) and runs."""
+    if device.type != "cuda" or find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    from vitrail.coders import triton_kernels
+
+    one = torch.ones(1, device=device)
+    try:
+        triton_kernels.bag(one[None], one.long() - 1, torch.arange(2, device=device), one)
+    except Exception as error:  # it builds its launchers with a C compiler and Python's headers, which may not be there
+        warnings.warn(f"Triton does not run here: the sparse products use PyTorch's slower ops. {error}", stacklevel=2)
+        return None
+    return triton_kernels
 
 
 def _sampled_product(a: Tensor, b: Tensor, columns: Tensor, offsets: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from vitrail.backbones.base import Backbone
 from vitrail.files import file_digest, read_json, write_json, write_tensors
 from vitrail.images.base import ImageSource
 from vitrail.images.loader import ImageBatch, load_batches
+from vitrail.memory import reused_memory
 from vitrail.progress import SILENT, Progress
 from vitrail.provenance import peak_memory_mb, provenance
 from vitrail.statistics import SLAB_VALUES, ActivationStats, Moments
@@ -47,6 +48,7 @@ IMAGE_COLUMNS = {
 }
 
 
+@reused_memory()
 def extract(
     backbone: Backbone,
     images: ImageSource,

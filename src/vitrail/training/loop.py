@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitrail.coders import SparseCoder, Step, coder_metadata, load_coder, save_coder
+from vitrail.memory import reused_memory
 from vitrail.progress import SILENT, Progress
 from vitrail.provenance import peak_memory_mb
 from vitrail.training.averaging import Average
@@ -61,6 +62,7 @@ class TrainResult:
     stopped: str | None = None
 
 
+@reused_memory()
 def train(
     coder: SparseCoder,
     source: Source,
@@ -200,12 +202,15 @@ class _Run:
         self.coder.constrain_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip or math.inf)
         self._stop_unless_finite(norm, "norm of the gradient")
+        is_last = self.rows + len(x) >= self.total
+        due = self.step == 1 or self.step % config.log_every == 0 or is_last
+        seen = measured(self.coder, step) if due else None  # while the weights are those of the step
         self.optimizer.step()
         self.coder.constrain_weights()
         self.rows += len(x)
         self._after_step(step)
-        if self.step == 1 or self.step % config.log_every == 0 or self.finished:
-            self._record(step, lr, norm)
+        if seen is not None:
+            self._record(seen, lr, norm)
         if self.step % config.checkpoint_every == 0 and not self.finished:
             self._save()
 
@@ -223,9 +228,9 @@ class _Run:
             if self.average is not None:
                 self.average.begin_anew(revived)
 
-    def _record(self, step: Step, lr: float, grad_norm: Tensor) -> None:
+    def _record(self, seen: dict[str, Any], lr: float, grad_norm: Tensor) -> None:
         n_dead = int(self.dead.dead().sum())
-        self.last = {"step": self.step, "rows": self.rows, **measured(self.coder, step)}
+        self.last = {"step": self.step, "rows": self.rows, **seen}
         self.last |= {"dead": n_dead, "dead_share": n_dead / self.coder.d_sae, **self.meter.read()}
         self.last |= {"lr": lr, "grad_norm": grad_norm.item()}
         self.stopped = reason_to_stop(self.config, self.last, self.rows / self.total)

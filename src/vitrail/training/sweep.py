@@ -27,6 +27,7 @@ from torch import Tensor
 
 from vitrail.coders import SparseCoder
 from vitrail.files import json_digest, read_json, replacing, write_json
+from vitrail.memory import reused_memory
 from vitrail.progress import SILENT, Progress
 from vitrail.training.config import TrainConfig, check_same_request
 from vitrail.training.grid import Cell, Grid
@@ -47,6 +48,7 @@ class SweepResult:
     stopped: dict[str, str]
 
 
+@reused_memory()
 def sweep(
     grid: Grid,
     source: Source,
