@@ -285,7 +285,6 @@ VITRAIL = {
     f"{name}{'' if dtype == 'float32' else '_bf16'}": (name, dtype)
     for name in ("topk", "batch_topk", "matryoshka", "relu")
     for dtype in ("bfloat16", "float32")
-    if (name, dtype) != ("relu", "bfloat16")
 }
 PEERS: dict[str, Callable[[int, str], Step]] = {
     "sparsify_topk": sparsify_topk,
@@ -436,7 +435,8 @@ def pairs(rows: dict[str, Any]) -> list[tuple[str, str]]:
     for ours in ("batch_topk_bf16", "batch_topk"):
         wanted += [(ours, peer) for peer in PEERS if "batch_topk" in peer]
     wanted += [(ours, "msae_matryoshka") for ours in ("matryoshka_bf16", "matryoshka")] + [("relu", "msae_relu")]
-    wanted += [("relu", "matryoshka"), ("relu", "matryoshka_bf16")]
+    wanted += [("relu_bf16", "msae_relu")]
+    wanted += [("relu", "matryoshka"), ("relu", "matryoshka_bf16"), ("relu_bf16", "matryoshka_bf16")]
     wanted += [("product_bfloat16", "topk_bf16"), ("product_bfloat16", "batch_topk_bf16"), ("product_float32", "topk")]
     return [(ours, theirs) for ours, theirs in wanted if ours in rows and theirs in rows]
 

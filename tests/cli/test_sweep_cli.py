@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vitrail.cli import main
-from vitrail.cli.sweep import Grid, grid_of, options, pareto_front, parsed
+from vitrail.cli.sweep import TICK_ROOM, Grid, _Axis, grid_of, options, pareto_front, parsed
 from vitrail.coders import load_coder
 
 POINT = "blocks.1.hook_resid_post"
@@ -104,3 +104,12 @@ def test_mistakes_get_a_sentence(store, capsys, tmp_path):
             main(["sweep", str(store), str(tmp_path), *arguments])
         assert stopped.value.code == 2
         assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("values", [[2, 4, 8, 16, 3, 150], [5, 7], [0.1, 0.9], [1, 10_000], [0.21, 0.23], [3]])
+def test_numbers_along_an_axis_do_not_crowd(values):
+    axis = _Axis(values, 74, 736)
+    ticks = axis.ticks()
+    assert len(ticks) >= 2
+    places = [axis(tick) for tick in ticks]
+    assert min(b - a for a, b in zip(places, places[1:], strict=False)) >= TICK_ROOM

@@ -242,6 +242,7 @@ def _bytes(n: float) -> str:
 # -- the picture
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 460, 74, 24, 44, 92
+TICK_ROOM = 60  # pixels between two numbers of an axis
 COLOURS = ("#3b5b92", "#2a8c82", "#8a4f9e", "#a8503a", "#5c6b3c", "#7a7a7a")
 FRONT, INK, FAINT = "#d98c00", "#22262e", "#d9dce2"
 SCALE = 2  # pixels of the PNG per unit of the SVG
@@ -336,7 +337,7 @@ class _Axis:
         return round(self.start + share * (self.stop - self.start), 1)
 
     def ticks(self) -> list[float]:
-        """At most about eight round numbers: the coarsest of these steps that gives at least three."""
+        """Round numbers that do not crowd: the coarsest of these steps that gives at least three."""
         found: list[float] = []
         for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(i / 10 for i in range(10, 100, 2))):
             found = [
@@ -347,7 +348,11 @@ class _Axis:
             ]
             if len(found) >= 3:
                 break
-        return found[:: max(1, len(found) // 8)]
+        kept = found[:1]
+        for tick in found:
+            if abs(self(tick) - self(kept[-1])) >= TICK_ROOM:
+                kept.append(tick)
+        return kept
 
 
 def _as_svg(marks: Sequence[Mark]) -> str:

@@ -30,6 +30,7 @@ from vitrail.coders.columns import column_slices, stats_of_columns
 from vitrail.coders.normalize import Normalization, Normalized, make_normalization
 from vitrail.coders.relu import ReLU
 from vitrail.coders.sparse import Codes, decode
+from vitrail.coders.thresholded import rectified
 from vitrail.coders.topk import TopK
 from vitrail.statistics import ActivationStats
 
@@ -177,15 +178,13 @@ class Crosscoder(MultiSource, ReLU):
 
     def loss(self, x: Float[Tensor, "n d_in"]) -> Step:
         y = self.normalized(x)
-        z = self.pre_activations(y).relu()  # dense, for the reason given in relu.py
-        y_hat = z @ self.W_dec + self.b_dec
-        penalty = self.l1 * (z.mean(0) @ self.source_norms().sum(0))
+        weights = (self.b_dec, self.W_enc, self.b_enc, self.W_dec)
+        found = rectified(y, *weights, dtype=self.selection_dtype)
+        y_hat = found.decoded + self.b_dec
+        penalty = self.l1 * ((found.per_latent / len(y)) @ self.source_norms().sum(0))
         terms = {"reconstruction": squared_error(y, y_hat), "l1": penalty}
-        loss, found = terms["reconstruction"] + penalty, z.detach()
-        fired = (found > 0).sum(0)
-        return Step(
-            loss, terms, lambda: Codes.from_dense(found), y=y, target=y, x_hat=y_hat, penalty=("l1",), fired=fired
-        )
+        loss, fired = terms["reconstruction"] + penalty, found.rows_fired
+        return Step(loss, terms, found.codes, y=y, target=y, x_hat=y_hat, penalty=("l1",), fired=fired)
 
     def constrain_gradients(self) -> None:
         """Nothing: norms are free, the penalty is measured by them."""

@@ -12,12 +12,16 @@ shrunken values (ViT-Prisma and sae-lens 6.54 leave W_dec in). b_dec still learn
 as in the paper's listing. Base and revival read b_enc, so that a dead latent's gate is what is revived.
 """
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.coders.base import SparseCoder, Step, squared_error
-from vitrail.coders.sparse import Codes
+from vitrail.coders.levels import count_positive
+from vitrail.coders.sparse import Codes, activations, decode
+from vitrail.coders.thresholded import above, dense_activations, dense_decode, entries, pre_above
 
 
 class Gated(SparseCoder):
@@ -42,7 +46,7 @@ class Gated(SparseCoder):
 
     def select(self, pre: Float[Tensor, "n d_sae"]) -> Codes:
         """The support, with the gate's pre-activations as values: `encode_sparse` makes magnitudes of them."""
-        opened = Codes.from_dense(pre.relu())
+        opened = entries(pre, above(pre, None))
         return opened.keep(self._magnitudes(opened) > 0)
 
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> Codes:
@@ -50,22 +54,43 @@ class Gated(SparseCoder):
         return codes.with_values(self._magnitudes(codes))
 
     def _magnitudes(self, gates: Codes) -> Float[Tensor, " nnz"]:
-        latents = gates.indices.long()
-        return self.r_mag.exp()[latents] * (gates.values - self.b_enc[latents]) + self.b_mag[latents]
+        # index_select: its gradient is an index_add, that of [latents] takes turns for each entry.
+        scale, b_enc, b_mag = (
+            of_each.index_select(0, gates.indices.long()) for of_each in (self.r_mag.exp(), self.b_enc, self.b_mag)
+        )
+        return scale * (gates.values - b_enc) + b_mag
 
     def loss(self, x: Float[Tensor, "n d_in"]) -> Step:
         y = self.normalized(x)
-        # Dense, as for ReLU: half of the gates are open at the start.
-        shared = (y - self.b_dec) @ self.W_enc
-        pre = shared + self.b_enc
-        gate = pre.relu()
-        z = (self.r_mag.exp() * shared + self.b_mag).relu() * (pre > 0)
-        y_hat = z @ self.W_dec + self.b_dec
-        via_gate = gate @ self.W_dec.detach() + self.b_dec.detach()
+        encoder = (self.b_dec, self.W_enc, self.b_enc)
+        found = pre_above(y, *encoder, None, dtype=self.selection_dtype)
+        if isinstance(found, Codes):
+            tied = activations(y, *encoder, found)
+            gate = tied.values.relu()
+            z = self._magnitudes(tied).relu() * (gate > 0)
+            decoded, via_gate = decode(tied.with_values(z), self.W_dec), decode(tied.with_values(gate), self._frozen())
+            codes = tied.with_values(z).detach()
+            fired = torch.bincount(codes.indices, weights=codes.values > 0, minlength=self.d_sae).long()
+        else:
+            pre, dtype = dense_activations(y, *encoder, found), found.dtype
+            gate = pre.relu()
+            z = (self.r_mag.exp() * (pre - self.b_enc) + self.b_mag).relu() * (gate > 0)
+            decoded, via_gate = dense_decode(z, self.W_dec, dtype), dense_decode(gate, self._frozen(), dtype)
+            codes, fired = z.detach(), count_positive(z.detach(), 0)
+        y_hat = decoded + self.b_dec
         terms = {
             "reconstruction": squared_error(y, y_hat),
-            "l1": self.l1 * gate.sum(1).mean(),
-            "auxiliary": squared_error(y, via_gate),
+            "l1": self.l1 * gate.sum() / len(y),
+            "auxiliary": squared_error(y, via_gate + self.b_dec.detach()),
         }
         loss = terms["reconstruction"] + terms["l1"] + terms["auxiliary"]
-        return Step(loss, terms, Codes.from_dense(z.detach()), y=y, target=y, x_hat=y_hat, penalty=("l1",))
+        step_codes = partial(_positive, codes)
+        return Step(loss, terms, step_codes, y=y, target=y, x_hat=y_hat, penalty=("l1",), fired=fired)
+
+    def _frozen(self) -> Float[Tensor, "d_sae d_in"]:
+        """What the auxiliary error must not reach."""
+        return self.W_dec.detach()
+
+
+def _positive(z: Codes | Tensor) -> Codes:
+    return z.keep(z.values > 0) if isinstance(z, Codes) else entries(z, above(z, None))

@@ -13,8 +13,9 @@ dz / dpre = H(pre - theta).
 
 A bandwidth is a trade: the estimate's bias grows with eps, its variance with 1 / eps, and where no pre-activation of
 the batch lies within a bandwidth of theta the gradient is zero: about n_rows * eps * (density at theta) entries per
-latent and step must be well above one. The default is the paper's number. The paper's activations have E||y||^2 = 1;
-under "mean_std" they have d_in, so that its bandwidth is 1e-3 sqrt(d_in) here, 0.03 at d_in = 768.
+latent and step must be well above one. It is in units of y, whose root mean square is 1 under every normalisation but
+"none" and "msae_code". The paper's number, 1e-3, is for E||y||^2 = 1; here that is d_in, and 1e-3 sqrt(d_in) the same
+bandwidth, 0.03 at d_in = 768. The default is what docs/coders/jump_relu.md measures.
 
 "silverman": B. W. Silverman's (1984) equivalent kernel of spline smoothing. ViSAEBench (appendix Q) says "Silverman
 kernel, bandwidth 1e-3" and no more; both are the defaults of Overcomplete's JumpSAE, where that is the kernel's
@@ -22,9 +23,11 @@ formula. It dips below zero. There kernels are not normalised (a factor of 1/2 f
 1 / eps comes in twice; here every kernel integrates to one, hence estimates the same gradient. As there, but for the
 rectangle, eps / 2 is the kernel's scale.
 
-`target_l0` makes c a state: after each training batch c <- c exp(eta * min((L0 - target) / target, 1)). ViSAEBench
-names "a multiplicative controller" and no formula. Clipped at 1, or the first batches, whose L0 is hundreds of
-targets, would send c to infinity. `calibrate` says whether the target was met.
+`target_l0` makes c a state: after each training batch c and every theta are multiplied by exp(eta * min((L0 - target) /
+target, 1)). ViSAEBench names "a multiplicative controller" and no formula. Clipped at 1, or the first batches, whose
+L0 is hundreds of targets, would send c to infinity. The thresholds are moved along because under Adam log theta moves
+by lr a step whatever c is: with c alone it takes 1 / lr steps to move by a factor of e, meanwhile c runs away to
+25,000, and L0 ends far beyond the target on the other side. `calibrate` says whether the target was met.
 """
 
 import math
@@ -38,6 +41,7 @@ from torch import Tensor, nn
 
 from vitrail.coders.base import SparseCoder, Step, squared_error
 from vitrail.coders.sparse import Codes
+from vitrail.coders.thresholded import Kernel, above, entries, jumped
 from vitrail.statistics import ActivationStats
 
 WITHIN = 2.0  # of the target, counted in latents, counts as met: ViSAEBench, appendix Q
@@ -71,6 +75,8 @@ KERNELS: dict[str, Callable[[Tensor], Tensor]] = {
     "gaussian": gaussian,
     "silverman": silverman,
 }
+# Bandwidths from theta at which a kernel has ended, or is below 1e-7 of its peak.
+REACH = {"rectangle": 0.5, "triangle": 0.5, "epanechnikov": 0.5, "gaussian": 3.0, "silverman": 12.0}
 
 
 class JumpReLU(SparseCoder):
@@ -86,7 +92,7 @@ class JumpReLU(SparseCoder):
         target_l0: float | None = None,
         controller_rate: float = 0.01,
         kernel: str = "rectangle",
-        bandwidth: float = 1e-3,
+        bandwidth: float = 0.1,
         initial_threshold: float = 0.5,
         normalization: str = "mean_std",
         b_dec_init: str = "zeros",
@@ -120,23 +126,25 @@ class JumpReLU(SparseCoder):
         self.log_threshold.copy_(rms.log() + math.log(self.initial_threshold))
 
     def select(self, pre: Float[Tensor, "n d_sae"]) -> Codes:
-        return Codes.from_dense(pre * (pre > self.log_threshold.exp()))
+        return entries(pre, above(pre, self.log_threshold.exp()))
 
     def loss(self, x: Float[Tensor, "n d_in"]) -> Step:
         y = self.normalized(x)
-        # Dense, as for ReLU: at the start a third of the latents fire.
-        pre, theta = self.pre_activations(y), self.log_threshold.exp()
-        z, l0 = _Jump.apply(pre, theta, self.kernel, self.bandwidth)  # pyright: ignore[reportGeneralTypeIssues]
-        y_hat = z @ self.W_dec + self.b_dec
+        kernel = Kernel(KERNELS[self.kernel], self.bandwidth, REACH[self.kernel])
+        weights = (self.b_dec, self.W_enc, self.b_enc, self.W_dec)
+        found = jumped(y, *weights, self.log_threshold.exp(), kernel, dtype=self.selection_dtype)
+        y_hat, l0 = found.decoded + self.b_dec, found.per_latent.sum() / len(y)
         terms = {"reconstruction": squared_error(y, y_hat), "l0": self.coefficient.clone() * l0}
         if self.training and self.target_l0 is not None:
             self._steer(l0.detach(), self.target_l0)
-        loss, codes = terms["reconstruction"] + terms["l0"], Codes.from_dense(z.detach())
-        return Step(loss, terms, codes, y=y, target=y, x_hat=y_hat, penalty=("l0",))
+        loss, fired = terms["reconstruction"] + terms["l0"], found.rows_fired
+        return Step(loss, terms, found.codes, y=y, target=y, x_hat=y_hat, penalty=("l0",), fired=fired)
 
+    @torch.no_grad()
     def _steer(self, l0: Tensor, target: float) -> None:
-        excess = ((l0 - target) / target).clamp_max(1.0)
-        self.coefficient.mul_(torch.exp(self.controller_rate * excess))
+        excess = self.controller_rate * ((l0 - target) / target).clamp_max(1.0)
+        self.coefficient.mul_(excess.exp())
+        self.log_threshold.add_(excess)
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Float[Tensor, "_ d_in"]]) -> dict[str, Any]:
@@ -163,26 +171,7 @@ class JumpReLU(SparseCoder):
             warnings.warn(
                 f"this jump_relu coder missed its target: mean L0 {mean_l0:.1f}, "
                 f"target_l0={self.target_l0} +- {WITHIN}. Train longer, start nearer (initial_threshold, "
-                f"l0_coefficient), or widen bandwidth={self.bandwidth}.",
+                f"l0_coefficient), or raise controller_rate={self.controller_rate}.",
                 stacklevel=3,  # past no_grad's wrapper: the line that called calibrate
             )
         return self.calibration
-
-
-class _Jump(torch.autograd.Function):
-    """(z, mean L0) of pre-activations, with the estimated derivative at the threshold."""
-
-    @staticmethod
-    def forward(ctx: Any, pre: Tensor, theta: Tensor, kernel: str, bandwidth: float) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(pre, theta)
-        ctx.kernel, ctx.bandwidth = kernel, bandwidth
-        fired = pre > theta
-        return pre * fired, fired.sum().to(pre.dtype) / len(pre)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, for_z: Tensor, for_l0: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        pre, theta = ctx.saved_tensors
-        near = KERNELS[ctx.kernel]((pre - theta) / ctx.bandwidth) / ctx.bandwidth
-        for_theta = -theta * (near * for_z).sum(0) - near.sum(0) * (for_l0 / len(pre))
-        return for_z * (pre > theta), for_theta, None, None

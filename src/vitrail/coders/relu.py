@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitrail.coders.base import SparseCoder, Step, squared_error
-from vitrail.coders.levels import count_positive
 from vitrail.coders.sparse import Codes
+from vitrail.coders.thresholded import above, entries, rectified
 
 
 class ReLU(SparseCoder):
@@ -34,16 +34,13 @@ class ReLU(SparseCoder):
         self.l1 = l1
 
     def select(self, pre: Float[Tensor, "n d_sae"]) -> Codes:
-        return Codes.from_dense(pre.relu())
+        return entries(pre, above(pre, None))
 
     def loss(self, x: Float[Tensor, "n d_in"]) -> Step:
         y = self.normalized(x)
-        # Dense: half of the latents are positive at the start, and sparse products pay only below a tenth.
-        z = self.pre_activations(y).relu()
-        y_hat = z @ self.W_dec + self.b_dec
-        terms = {"reconstruction": squared_error(y, y_hat), "l1": self.l1 * z.sum(1).mean()}
-        loss, found = terms["reconstruction"] + terms["l1"], z.detach()
-        fired = count_positive(found, 0)
-        return Step(
-            loss, terms, lambda: Codes.from_dense(found), y=y, target=y, x_hat=y_hat, penalty=("l1",), fired=fired
-        )
+        weights = (self.b_dec, self.W_enc, self.b_enc, self.W_dec)
+        found = rectified(y, *weights, dtype=self.selection_dtype)
+        y_hat = found.decoded + self.b_dec
+        terms = {"reconstruction": squared_error(y, y_hat), "l1": self.l1 * found.per_latent.sum() / len(y)}
+        loss, fired = terms["reconstruction"] + terms["l1"], found.rows_fired
+        return Step(loss, terms, found.codes, y=y, target=y, x_hat=y_hat, penalty=("l1",), fired=fired)

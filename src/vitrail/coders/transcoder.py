@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from vitrail.coders.base import SparseCoder, Step, geometric_median, squared_error
 from vitrail.coders.batch_topk import BatchTopK
 from vitrail.coders.columns import stats_of_columns
-from vitrail.coders.levels import count_positive
 from vitrail.coders.normalize import NORMALIZATIONS, Normalization, make_normalization
 from vitrail.coders.relu import ReLU
 from vitrail.coders.sparse import Codes, activations, decode
+from vitrail.coders.thresholded import rectified
 from vitrail.coders.topk import TopK
 from vitrail.statistics import ActivationStats
 
@@ -247,11 +247,9 @@ class ReLUTranscoder(Transcoder, ReLU):
 
     def loss(self, x: Float[Tensor, "n d_row"]) -> Step:
         y, target = self.normalized_pair(x)
-        z = self.pre_activations(y).relu()  # dense, for the reason given in relu.py
-        x_hat = z @ self.W_dec + self.b_out
-        terms = {"reconstruction": squared_error(target, x_hat), "l1": self.l1 * z.sum(1).mean()}
-        loss, found = terms["reconstruction"] + terms["l1"], z.detach()
-        fired = count_positive(found, 0)
-        return Step(
-            loss, terms, lambda: Codes.from_dense(found), y=y, target=target, x_hat=x_hat, penalty=("l1",), fired=fired
-        )
+        weights = (self.b_dec, self.W_enc, self.b_enc, self.W_dec)
+        found = rectified(y, *weights, dtype=self.selection_dtype)
+        x_hat = found.decoded + self.b_out
+        terms = {"reconstruction": squared_error(target, x_hat), "l1": self.l1 * found.per_latent.sum() / len(y)}
+        loss, fired = terms["reconstruction"] + terms["l1"], found.rows_fired
+        return Step(loss, terms, found.codes, y=y, target=target, x_hat=x_hat, penalty=("l1",), fired=fired)

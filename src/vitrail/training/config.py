@@ -43,7 +43,8 @@ class TrainConfig:
     accumulate: int = 1
     """micro-batches that a batch is cut into; for BatchTopK each is a batch"""
     compute_dtype: str = "float32"
-    """of the product that finds the latents: float32 or bfloat16; weights and gradients stay in their own"""
+    """of the product that finds the latents, and of every dense one where many fire: float32 or bfloat16; weights and
+    gradients stay in their own"""
     average_decay: float | None = None
     """decay per step of the weights' running average, which is then what is saved; None: the last weights are"""
     revive: str = "auxk"
