@@ -7,7 +7,7 @@ Rows lie as in the store: image-major, so an image's patch map is one slice. Row
 r // n_tokens. Code shards match store shards one to one; docs/formats.md is the norm.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +23,7 @@ from vitrail.coders.sparse import Codes
 from vitrail.files import file_digest, json_digest, open_tensors, read_json, tensors_digest, write_json, write_tensors
 from vitrail.memory import reused_memory
 from vitrail.progress import SILENT, Progress
+from vitrail.store.joined import Part, check_aligned, joined_images
 from vitrail.store.read import Store
 
 FORMAT = "vitrail-codes"
@@ -149,19 +150,27 @@ def encode(
     *,
     point: str | None = None,
     tokens: str | None = None,
+    beside: Sequence[Part] = (),
     batch_images: int = 64,
     dtype: str = "float16",
     coder_path: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> CodeStore:
-    """Encode every row of `store` once, or finish what an earlier run began. Raises ValueError on a width mismatch."""
+    """Encode every row of `store` once, or finish what an earlier run began.
+
+    `beside`: what a crosscoder reads beside `point`, in the order it was trained on. Raises ValueError where widths or
+    images do not match.
+    """
     out = Path(out)
     metadata = coder_metadata(Path(coder_path)) if coder_path is not None else {}
     point = store.default_point(point or metadata.get("point"))
     tokens = store.kind(point, tokens or metadata.get("tokens"))
-    if coder.d_in != store.manifest.points[point].d_in:
-        d_in = store.manifest.points[point].d_in
-        raise ValueError(f"the coder takes d_in={coder.d_in}, but {point} of {store.path} is {d_in} wide.")
+    parts = [Part(store, point, tokens), *beside]
+    if beside:
+        check_aligned(parts)
+    if coder.d_in != sum(part.width for part in parts):
+        found = " beside ".join(f"{part.point} of {part.store.path} is {part.width} wide" for part in parts)
+        raise ValueError(f"the coder takes d_in={coder.d_in}, but {found}.")
     request = {
         "store_digest": store.digest,
         "coder_digest": tensors_digest(coder.state_dict()),
@@ -171,6 +180,8 @@ def encode(
         "tokens": tokens,
         "dtype": dtype,
     }
+    if beside:
+        request["beside"] = [[part.store.digest, part.point, part.kind] for part in beside]
     manifest = CodesManifest(
         request=request,
         state="writing",
@@ -186,7 +197,7 @@ def encode(
     if manifest.state == "complete":
         return CodeStore.open(out)
     coder.eval()
-    shards = _encode_shards(coder, store, out, manifest, batch_images, progress)
+    shards = _encode_shards(coder, parts, out, manifest, batch_images, progress)
     replace(manifest, state="complete", shards=shards).write(out)
     return CodeStore.open(out)
 
@@ -203,24 +214,28 @@ def _begin(out: Path, manifest: CodesManifest) -> CodesManifest:
 
 
 def _encode_shards(
-    coder: SparseCoder, store: Store, out: Path, manifest: CodesManifest, batch_images: int, progress: Progress
+    coder: SparseCoder,
+    parts: Sequence[Part],
+    out: Path,
+    manifest: CodesManifest,
+    batch_images: int,
+    progress: Progress,
 ) -> list[CodeShard]:
     request, done, first = manifest.request, [], 0
     device = next(coder.parameters()).device
     with progress.task("encode", manifest.n_images, "images") as task:
-        for shard in store.manifest.shards:
+        for shard in parts[0].store.manifest.shards:
             path = _shard_path(out, shard.name)
             if not path.exists():
-                parts = []
-                batches = store.image_batches(request["point"], request["tokens"], n_images=batch_images, start=first)
-                for row, x in batches:
+                encoded = []
+                for row, x in joined_images(parts, n_images=batch_images, start=first):
                     if row >= first + shard.n_images:
                         break
                     with torch.inference_mode():
-                        parts.append(coder.encode_sparse(x.flatten(0, 1).to(device)).to("cpu"))
+                        encoded.append(coder.encode_sparse(x.flatten(0, 1).to(device)).to("cpu"))
                     task.advance(len(x))
                 # A shard none of whose images could be read has no rows.
-                codes = Codes.cat(parts) if parts else Codes.from_dense(torch.zeros(0, coder.d_sae))
+                codes = Codes.cat(encoded) if encoded else Codes.from_dense(torch.zeros(0, coder.d_sae))
                 write_tensors(path, _tensors(codes, request["dtype"]))
             with open_tensors(path) as stored:
                 nnz = stored.get_slice("indices").get_shape()[0]

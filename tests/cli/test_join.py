@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from vitrail.backbones.toy import ToyViT, wrap
-from vitrail.cli.join import joined, reads_several_points
-from vitrail.coders import coder_metadata, make_coder
+from vitrail.cli import main
+from vitrail.cli.join import beside_when_encoding, joined, reads_several_points
+from vitrail.coders import Codes, coder_metadata, make_coder
+from vitrail.codes import CodeStore, encode
 from vitrail.images import open_images
-from vitrail.store import extract
+from vitrail.store import Store, extract
+from vitrail.store.joined import Part
 from vitrail.training import TrainConfig, train
 
 READ, WRITTEN = "blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out"
@@ -79,3 +82,55 @@ def test_wrong_asks_are_named(stores):
     with pytest.raises(KeyError, match="asked for 'blocks.7.x'"):
         ask("topk_transcoder", to="blocks.7.x")()
     assert [reads_several_points(name) for name in ("topk", "relu_transcoder", "crosscoder")] == [False, True, True]
+
+
+@pytest.fixture(scope="module")
+def crosscoder(stores, tmp_path_factory):
+    asked = joined("topk_crosscoder", stores[0], point=READ, beside=[WRITTEN, str(stores[1])], **ASKED)
+    coder = make_coder("topk_crosscoder", d_sae=48, k=4, **asked.widths)
+    out = tmp_path_factory.mktemp("crosscoder")
+    train(coder, asked.source, out, config=TrainConfig(n_rows=1_000), metadata=asked.about)
+    return coder, out
+
+
+@pytest.mark.parametrize("beside", [(), (WRITTEN, "{other}")])
+def test_encode_reads_what_a_crosscoder_was_trained_on(stores, crosscoder, tmp_path, beside):
+    coder, path = crosscoder
+    main(["encode", str(path), str(stores[0]), str(tmp_path / "codes"), *with_option("--beside", beside, stores)])
+    codes = CodeStore.open(tmp_path / "codes")
+    assert (codes.n_images, codes.n_tokens) == (40, 17)
+    kinds = ((stores[0], READ), (stores[0], WRITTEN), (stores[1], READ))
+    by_hand = [torch.cat([x for _, x in Store.open(s).image_batches(p, "all")]).flatten(0, 1) for s, p in kinds]
+    encoded = Codes.cat([part for _, part in codes.shards()]).to_dense()
+    torch.testing.assert_close(encoded, coder.encode(coder.join(by_hand)), rtol=1e-3, atol=1e-5)
+
+
+def with_option(name, words, stores):
+    return [name, *(word.format(other=stores[1]) for word in words)] if words else []
+
+
+def test_shards_of_other_sizes_are_joined(stores, crosscoder, tmp_path):
+    coder, _ = crosscoder
+    torch.manual_seed(1)
+    model = ToyViT(image_px=32, patch_px=8, d_model=24, n_layers=1, n_heads=2, d_mlp=32, n_classes=5)
+    pictures = open_images("world:shapes?n=40&image_px=32")
+    other = extract(wrap(model, name="toy/1"), pictures, [READ], tmp_path / "s", batch_size=7, shard_images=7)
+    first = Store.open(stores[0])
+    beside = [Part(first, WRITTEN), Part(other, READ)]
+    codes = encode(coder, first, tmp_path / "codes", point=READ, beside=beside, batch_images=9)
+    as_before = encode(
+        coder, first, tmp_path / "as_before", point=READ, beside=[beside[0], Part(Store.open(stores[1]), READ)]
+    )
+    for (_, a), (_, b) in zip(codes.shards(), as_before.shards(), strict=True):
+        torch.testing.assert_close(a.to_dense(), b.to_dense(), rtol=1e-2, atol=1e-3)
+
+
+def test_what_cannot_be_encoded_is_named(stores, crosscoder, tmp_path):
+    coder, _ = crosscoder
+    first = Store.open(stores[0])
+    with pytest.raises(ValueError, match=r"takes d_in=56, but blocks.0.hook_resid_mid of .* is 16 wide\."):
+        encode(coder, first, tmp_path / "a", point=READ)
+    with pytest.raises(ValueError, match="a topk coder reads one point; --beside is of crosscoders"):
+        beside_when_encoding(make_coder("topk", d_in=16, d_sae=32), {}, first, [READ])
+    with pytest.raises(ValueError, match="does not say what it was trained on: name it with --beside"):
+        beside_when_encoding(coder, {}, first, [])

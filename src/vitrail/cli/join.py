@@ -5,12 +5,12 @@
                         point there), or STORE:POINT
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitrail.coders import CODERS, MultiSource, Transcoder
+from vitrail.coders import CODERS, MultiSource, SparseCoder, Transcoder
 from vitrail.store import Store
 from vitrail.store.joined import JoinedSource, Part
 from vitrail.studies.first_look import coder_about
@@ -80,6 +80,29 @@ def about(parts: Sequence[Part]) -> dict[str, Any]:
     """Of the first part what any coder says of its point, and the same of every part under `parts`."""
     of_each = [coder_about(part.store, part.store.default_point(part.point), part.kind) for part in parts]
     return {**of_each[0], "parts": of_each}
+
+
+def beside_when_encoding(
+    coder: SparseCoder, metadata: Mapping[str, Any], store: Store, asked: Sequence[str]
+) -> list[Part]:
+    """What a crosscoder reads beside its first point: as asked, else where it was trained. Of other coders, nothing."""
+    if not isinstance(coder, MultiSource):
+        if asked:
+            raise ValueError(f"a {coder.name} coder reads one point; --beside is of crosscoders.")
+        return []
+    if asked:
+        point = store.default_point(metadata.get("point"))
+        return [
+            Part(where, name or point, metadata.get("tokens"))
+            for where, name in (_place(store, point, w) for w in asked)
+        ]
+    if "parts" not in metadata:
+        raise ValueError(f"this {coder.name} does not say what it was trained on: name it with --beside.")
+    first, *others = metadata["parts"]
+    return [
+        Part(store if part["store"] == first["store"] else Store.open(part["store"]), part["point"], part["tokens"])
+        for part in others
+    ]
 
 
 def _place(store: Store, point: str, word: str) -> tuple[Store, str]:

@@ -7,7 +7,7 @@ windows is read from all of them, so that rows are aligned by construction; each
 epoch), as a single reader's does. Models with other token grids have no common tokens and are refused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -191,6 +191,26 @@ def _shard_ends(store: Store) -> list[int]:
         end += shard.n_images
         ends.append(end)
     return ends
+
+
+def joined_images(
+    parts: Sequence[Part], *, n_images: int = 256, start: int = 0
+) -> Iterator[tuple[int, Float[Tensor, "n t d_in"]]]:
+    """(row of the first image, the parts side by side) in the first part's order, from image `start` on."""
+    first, *others = parts
+    for row, x in first.store.image_batches(first.point, first.kind, n_images=n_images, start=start):
+        yield row, torch.cat([x, *(_images_of(part, row, row + len(x)) for part in others)], dim=-1)
+
+
+def _images_of(part: Part, start: int, stop: int) -> Float[Tensor, "n t d"]:
+    """Rows of images start..stop, of as many shards as they lie in."""
+    first, pieces = 0, []
+    for shard in part.store.manifest.shards:
+        a, b = max(start, first), min(stop, first + shard.n_images)
+        if a < b:
+            pieces.append(_images(part, a, b))
+        first += shard.n_images
+    return torch.cat(pieces)
 
 
 def _images(part: Part, start: int, stop: int) -> Float[Tensor, "n t d"]:
