@@ -4,6 +4,7 @@ from vitrail.training.config import TrainConfig
 from vitrail.training.grid import Grid
 from vitrail.training.log import read_log
 from vitrail.training.loop import TrainResult, train
+from vitrail.training.planted import Planted, PlantedSource
 from vitrail.training.revive import REVIVERS
 from vitrail.training.schedule import SCHEDULES
 from vitrail.training.source import MixedSource, Source, TensorSource
@@ -14,6 +15,8 @@ __all__ = [
     "SCHEDULES",
     "Grid",
     "MixedSource",
+    "Planted",
+    "PlantedSource",
     "Source",
     "SweepResult",
     "TensorSource",
