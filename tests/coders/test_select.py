@@ -32,7 +32,7 @@ def ranked_batch(pre, count):
     return torch.zeros_like(pre).flatten().scatter(0, top.indices, top.values.relu()).view_as(pre)
 
 
-# 1,024 and 6,144 go by two levels of groups, 520 and 768 by one, 509 is prime and 100 too few: ranked.
+# 509 is prime and 100 too few for groups.
 SIZES = (100, 509, 520, 768, 1024, 6144)
 
 
@@ -60,10 +60,20 @@ def test_the_largest_of_the_batch_are_those_that_ranking_finds_whatever_was_usua
 
 
 def test_groups_are_used_at_these_sizes():
-    assert module._n_groups(6144, 64) == 768
-    assert module._n_groups(24576, 64) == 1536
-    assert module._n_groups(509, 4) is None
-    assert module._n_groups(6144, 4096) is None
+    sizes = {(6144, 64): 6, (24576, 72): 12, (509, 4): 1, (100, 4): 1, (6144, 4096): 1}
+    assert {asked: module._group_size(*asked) for asked in sizes} == sizes
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("d_sae", [100, 1024])
+def test_where_many_are_equal_all_are_ranked(dtype, d_sae):
+    # Half of the latents are the same number, the largest: more candidates than are worth looking at.
+    b_enc = torch.arange(d_sae).remainder(2).float()
+    same = Encoder(torch.zeros(5, 8), torch.zeros(8, d_sae), b_enc, dtype)
+    codes = largest_of_rows(same, 3)
+    assert codes.l0().tolist() == [3] * 5
+    assert codes.values.tolist() == [1.0] * 15
+    assert largest_of_batch(same, 15, usual=0.5).values.tolist() == [1.0] * 15
 
 
 def test_rows_with_less_than_k_positive_entries_keep_only_those():

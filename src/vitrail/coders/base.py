@@ -23,6 +23,7 @@ from vitrail.statistics import ActivationStats
 # Pre-activations are made for this many rows at a time and thrown away: they stay near the cache, and memory does not
 # grow with the batch. Costs at most 6 % of the product (PEERS.md, section 10).
 ROWS_AT_ONCE = 1024
+DIRECTIONS_AT_ONCE = 256  # so many of 768 dimensions stay in a core's cache while they are worked on
 
 
 class Step:
@@ -181,9 +182,11 @@ class SparseCoder(nn.Module):
     @torch.no_grad()
     def constrain_gradients(self) -> None:
         """Take from W_dec's gradient what is parallel to each direction: it would only change a norm that is fixed."""
-        if self.W_dec.grad is not None:
-            along = torch.einsum("fd,fd->f", self.W_dec.grad, self.W_dec)
-            self.W_dec.grad.addcmul_(self.W_dec, along[:, None], value=-1)
+        if self.W_dec.grad is None:
+            return
+        at_once = DIRECTIONS_AT_ONCE if self.W_dec.device.type == "cpu" else self.d_sae
+        for g, w in zip(self.W_dec.grad.split(at_once), self.W_dec.split(at_once), strict=True):
+            g.addcmul_(w, (g * w).sum(1, keepdim=True), value=-1)
 
     @torch.no_grad()
     def constrain_weights(self) -> None:

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vitrail.coders.sparse import Codes, activations, decode, entry_dots
+from vitrail.coders.sparse import Codes, activations, decode, entries_at, entry_dots, positions
 
 # Share of the entries. 4,096 rows of 768, d_sae 6,144, one core, loss and gradients of a step, CPU ms: dense in float32
 # 2,250, sparse 720 at 0.05, 1,040 at 0.1, 1,960 at 0.2, 2,640 at 0.3; dense in bfloat16 600 (860 with a kernel), sparse
@@ -167,12 +167,8 @@ def n_marked(marked: Bool[Tensor, "m d_sae"]) -> int:
 
 
 def entries(pre: Float[Tensor, "m d_sae"], marked: Bool[Tensor, "m d_sae"]) -> Codes:
-    """The marked entries. numpy finds them four times as fast as torch: 10 ms against 40 in 4,096 rows of 6,144."""
-    n, d_sae = pre.shape
-    flat = marked.reshape(-1)
-    at = torch.from_numpy(np.flatnonzero(flat.numpy())) if flat.device.type == "cpu" else flat.nonzero().squeeze(1)
-    offsets = torch.searchsorted(at, torch.arange(n + 1, device=pre.device) * d_sae)
-    return Codes(offsets, at % d_sae, pre.reshape(-1).index_select(0, at), d_sae)
+    """The marked entries."""
+    return entries_at(pre, positions(marked))
 
 
 def dense_activations(

@@ -25,6 +25,7 @@ from vitrail.coders import SparseCoder, Step, coder_metadata, load_coder, save_c
 from vitrail.memory import reused_memory
 from vitrail.progress import SILENT, Progress
 from vitrail.provenance import peak_memory_mb
+from vitrail.training.adam import Adam
 from vitrail.training.averaging import Average
 from vitrail.training.checkpoint import (
     load_optimizer,
@@ -116,9 +117,7 @@ class _Run:
         self.parameters = [parameter for parameter in coder.parameters() if parameter.requires_grad]
         self.device = coder.W_dec.device
         fused = self.device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.Adam(
-            self.parameters, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused
-        )
+        self.optimizer = Adam(self.parameters, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
         self.dead = DeadCounter(coder.d_sae, window=config.dead_window_rows, device=self.device)
         self.meter = Meter(coder.d_sae, device=self.device)
         self.average = None if config.average_decay is None else Average(coder, decay=config.average_decay)
