@@ -7,8 +7,9 @@ A store of random rows is written, then the contenders train the same coders of 
     swept       `vitrail.training.sweep`, in this process
     sweep       `vitrail sweep`, a process of its own
 
-Wall and CPU seconds and their ratios are printed, and what one batch costs to read, to normalise and to train on: the
-sweep saves what is not training. Weights are compared: all must end in the same bits.
+--only processes sweep: these alone. --d-in 384 --expansions 8 16 32 --ks 64 128 192 256 --batch-size 8192: ViSAEBench's
+twelve coders. Wall and CPU seconds and their ratios are printed, and what one batch costs to read, to normalise and to
+train on: the sweep saves what is not training. Weights are compared: all must end in the same bits.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from vitrail.tables import write_table
 from vitrail.training import Grid, TrainConfig, sweep, train
 
 POINT, TOKENS = "blocks.0.hook_resid_post", 64
-KS = (4, 8, 12, 16, 24, 32)
+CONTENDERS = ("processes", "train", "swept", "sweep")
 
 
 def main() -> None:
@@ -45,6 +46,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--architecture", default="batch_topk")
+    parser.add_argument("--ks", type=int, nargs="+", default=[4, 8, 12, 16, 24, 32])
+    parser.add_argument("--compute-dtype", default="float32")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         compare(Path(folder), asked)
@@ -52,9 +56,10 @@ def main() -> None:
 
 def compare(folder: Path, asked: argparse.Namespace) -> None:
     store = random_store(folder / "store", asked.rows // TOKENS, asked.d_in)
-    grid = Grid((asked.architecture,), expansions=asked.expansions, arguments={"k": KS})
+    grid = Grid((asked.architecture,), expansions=asked.expansions, arguments={"k": tuple(asked.ks)})
     cells = grid.cells(asked.d_in)
-    shared = ["--batch-size", asked.batch_size, "--device", "cpu"]
+    shared = ["--batch-size", asked.batch_size, "--device", "cpu", "--compute-dtype", asked.compute_dtype]
+    config = TrainConfig(compute_dtype=asked.compute_dtype)
 
     def processes() -> None:
         for cell in cells:
@@ -70,25 +75,28 @@ def compare(folder: Path, asked: argparse.Namespace) -> None:
         for cell in cells:
             source, held_out = readers()
             coder = make_coder(cell.architecture, d_in=asked.d_in, **cell.arguments)
-            train(coder, source, folder / "train" / cell.name, held_out=held_out, config=TrainConfig())
+            train(coder, source, folder / "train" / cell.name, held_out=held_out, config=config)
 
     def swept() -> None:
         source, held_out = readers()
-        sweep(grid, source, folder / "swept", held_out=held_out, config=TrainConfig(), workers=asked.workers)
+        sweep(grid, source, folder / "swept", held_out=held_out, config=config, workers=asked.workers)
 
     def command() -> None:
-        directions = ["--architecture", asked.architecture, "--expansion", *asked.expansions, "--k", *KS]
+        directions = ["--architecture", asked.architecture, "--expansion", *asked.expansions, "--k", *asked.ks]
         vitrail("sweep", store.path, folder / "sweep", *directions, *shared, "--workers", asked.workers)
 
     widths = sorted({cell.arguments["d_sae"] for cell in cells})
     print(f"{len(cells)} {asked.architecture} coders, d_in {asked.d_in}, d_sae {widths},")
-    print(f"{asked.rows:,} rows in batches of {asked.batch_size:,}; {torch.get_num_threads()} threads")
+    threads = f"{torch.get_num_threads()} threads, {asked.compute_dtype}"
+    print(f"{asked.rows:,} rows in batches of {asked.batch_size:,}; {threads}")
     parts(store, asked, cells[-1].arguments)
     contenders = {"processes": processes, "train": alone, "swept": swept, "sweep": command}
-    taken = {name: timed(run) for name, run in contenders.items()}
+    taken = {name: timed(contenders[name]) for name in asked.only}
     for name, (wall, cpu) in taken.items():
         print(f"  {name:<10} {wall:8.1f} s wall {cpu:8.1f} s CPU")
     for one, other, told in (("sweep", "processes", "as commands"), ("swept", "train", "within a process")):
+        if one not in taken or other not in taken:
+            continue
         wall, cpu = (taken[one][i] / taken[other][i] for i in (0, 1))
         print(f"  {told}: the sweep takes {wall:.2f} of the single runs' wall seconds, {cpu:.2f} of their CPU seconds")
     for cell in cells:

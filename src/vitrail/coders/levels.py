@@ -16,6 +16,7 @@ ranked by one sort of integers, the value's bits above and the latent's number b
 """
 
 import itertools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitrail.coders.select import Encoder
-from vitrail.coders.sparse import Codes, bag, entry_dots, scatter_to_latents
+from vitrail.coders.sparse import Codes, bag, entry_dots, positions, scatter_to_latents
 
 # Part of the dictionary: entry by entry 64 of 6,144 latents cost 10 + 15 + 10 ms for the three products, dense in
 # float32 3 x 400, in bfloat16 3 x 95 (one core, 4,096 rows of 768).
@@ -159,9 +160,9 @@ class _Batch:
             self.fired += count_positive(pre, 0)
         else:
             order = _ranking(pre, max(n_sorted, n_fired))
-            self.fired += _entries(pre, order, 0, n_fired).fired()
+            self.fired += _entries(pre, order, [(0, n_fired)]).fired()
         order = order[:, order.shape[1] - n_sorted :]
-        codes = Codes.cat([_entries(pre, order, *spans[j]) for j in sparse]) if sparse else None
+        codes = _entries(pre, order, [spans[j] for j in sparse]) if sparse else None
         if codes is not None:
             codes = codes.with_values(_capped(codes.values.to(self.W_dec.dtype), soft_cap))
         z = {
@@ -175,8 +176,7 @@ class _Batch:
         decoded = self.y.new_empty(bands.count, n, self.W_dec.shape[1])
         if bands.codes is not None:
             entrywise = bag(self.W_dec, bands.codes.indices, bands.codes.offsets, bands.codes.values)
-            for j, one in zip(bands.sparse, entrywise.view(len(bands.sparse), n, -1), strict=True):
-                decoded[j] = one
+            decoded[bands.sparse] = entrywise.view(n, len(bands.sparse), -1).transpose(0, 1)
         for j, z in bands.z.items():
             decoded[j] = z @ self.low_W_dec
         return decoded
@@ -187,10 +187,13 @@ class _Batch:
         n, soft_cap, codes = len(pre), self.asked.soft_cap, bands.codes
         for_pre = torch.zeros_like(pre)
         if codes is not None:
-            of_entries = suffixes[bands.sparse].flatten(0, 1)
+            of_entries = suffixes[bands.sparse].transpose(0, 1).flatten(0, 1)
             self.for_W_dec += scatter_to_latents(of_entries, codes.values, codes)
             slopes = _uncapped(entry_dots(of_entries, self.W_dec, codes), codes.values, soft_cap)
-            for_pre.view(-1)[codes.rows() % n * codes.d_sae + codes.indices] = slopes.to(pre.dtype)
+            per_row = codes.l0().view(n, -1).sum(1)
+            row_starts = torch.arange(0, n * codes.d_sae, codes.d_sae, device=pre.device)
+            places = row_starts.repeat_interleave(per_row, output_size=codes.nnz).add_(codes.indices)
+            for_pre.view(-1)[places] = slopes.to(pre.dtype)
         for j, z in bands.z.items():
             low = suffixes[j].to(pre.dtype)
             slopes = torch.ops.aten.threshold_backward(low @ self.low_W_dec.t(), z, 0.0)
@@ -208,7 +211,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Bands:
-    """Of a chunk of n rows: `codes` are those decoded entry by entry, n rows each, stacked; `z` the rest."""
+    """Of a chunk of n rows. `codes`: of bands decoded entry by entry, a row for each (row, band); `z`: the rest."""
 
     count: int
     sparse: list[int]
@@ -246,15 +249,25 @@ def _ranking(pre: Float[Tensor, "n d_sae"], k: int) -> Int[Tensor, "n k"]:
 _BITS = {torch.bfloat16: (16, torch.int16, np.int32), torch.float32: (32, torch.int32, np.int64)}
 
 
-def _entries(pre: Tensor, order: Tensor, a: int, b: int) -> Codes:
-    """The positive entries at ranks a .. b."""
+def _entries(pre: Tensor, order: Tensor, spans: Sequence[tuple[int, int]]) -> Codes:
+    """The positive entries at ranks a .. b of each span; a row of codes for each (row, span), spans side by side. So
+    threads that share out the rows get wide and narrow spans alike."""
     width = order.shape[1]
-    indices = order[:, max(0, width - b) : width - a]
+    places = [slice(max(0, width - b), width - a) for a, b in spans]
+    indices = torch.cat([order[:, place] for place in places], dim=1)
     values = pre.gather(1, indices)
-    if values.numel() == 0 or not bool((values > 0).all()):
-        return Codes.from_padded(indices, values, pre.shape[1])
-    offsets = torch.arange(0, indices.numel() + 1, indices.shape[1], device=pre.device)
-    return Codes(offsets, indices.flatten(), values.flatten(), pre.shape[1])
+    ends = list(itertools.accumulate(place.stop - place.start for place in places))
+    active = values > 0
+    if bool(active.all()):
+        steps = torch.tensor([0, *ends[:-1]], device=pre.device)
+        starts = torch.arange(len(pre), device=pre.device)[:, None] * ends[-1] + steps
+        offsets = torch.nn.functional.pad(starts.flatten(), (0, 1), value=indices.numel())
+        return Codes(offsets, indices.flatten(), values.flatten(), pre.shape[1])
+    counts = torch.stack([active[:, a:b].sum(1) for a, b in itertools.pairwise([0, *ends])], dim=1)
+    offsets = torch.nn.functional.pad(counts.flatten().cumsum(0), (1, 0))
+    at = positions(active)
+    indices, values = (tensor.flatten().index_select(0, at) for tensor in (indices, values))
+    return Codes(offsets, indices, values, pre.shape[1])
 
 
 def _masked(pre: Tensor, order: Tensor, a: int, b: int, *, is_last: bool) -> Tensor:

@@ -288,6 +288,8 @@ def bag(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Ten
     """out[b] = sum over p in bag b of weights[p] table[indices[p]]."""
     if kernels := _kernels(table.device):
         return kernels.bag(table, indices, offsets, weights)
+    # Detached: of a table that asks for gradients it would also note down what its own backward needs, in one thread.
+    table, weights = table.detach(), weights.detach()
     return embedding_bag(
         indices.long(), table, offsets.long(), mode="sum", per_sample_weights=weights, include_last_offset=True
     )
