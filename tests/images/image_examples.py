@@ -43,6 +43,16 @@ def write_table(root: Path) -> None:
             rows.writerow([f"{name}/{seed:02d}.png", seed % 3, name, f"picture {seed}", ("train", "val")[seed >= 8]])
 
 
+def write_factors(root: Path) -> None:
+    write_folder(root)
+    with (root / "factors.csv").open("w", newline="") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(["file", "animal", "parity"])
+        for seed in range(12):
+            name = ("ape", "bee", "cat")[seed % 3]
+            rows.writerow([f"{name}/{seed:02d}.png", name, ("even", "odd")[seed % 2]])
+
+
 def write_shards(root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     for shard in range(2):
@@ -58,9 +68,11 @@ def specs(tmp_path) -> dict[str, str]:
     """kind of IMAGE_SOURCES -> spec of a source of that kind."""
     write_folder(tmp_path / "folder")
     write_table(tmp_path / "table")
+    write_factors(tmp_path / "factors")
     write_shards(tmp_path / "tars")
     return {
         "world": "world:shapes?n=12&image_px=32",
+        "factors": f"factors:{tmp_path / 'factors' / 'factors.csv'}?label=animal",
         "folder": str(tmp_path / "folder"),
         "table": str(tmp_path / "table" / "pictures.csv"),
         "tar": str(tmp_path / "tars" / "train-{000..001}.tar"),

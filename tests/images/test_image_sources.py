@@ -69,7 +69,7 @@ def _altered(kind: str, spec: str) -> str:
         tar = Path(spec.replace("{000..001}", "000"))
         write_tar(tar, [("00.png", encoded(99) + b"x"), ("00.json", b'{"label": 0, "name": "ape"}')])
         return spec
-    root = Path(spec) if kind == "folder" else Path(spec).parent
+    root = Path(spec) if kind == "folder" else Path(spec.removeprefix("factors:")).parent
     picture = root / "ape" / "00.png"
     picture.write_bytes(picture.read_bytes() + b"x")
     return spec

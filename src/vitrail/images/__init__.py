@@ -1,10 +1,11 @@
-"""Where pictures come from: folders, CSV tables, WebDataset tars and rendered worlds, behind one face."""
+"""Where pictures come from: folders, CSV tables, WebDataset tars, factor tables and worlds, behind one face."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vitrail.images.base import BadImage, ImageRecord, ImageSource
+from vitrail.images.factors import FactorImages, open_factors
 from vitrail.images.folder import FolderImages
 from vitrail.images.loader import ImageBatch, load_batches
 from vitrail.images.part import PartOfImages, split_spec
@@ -16,6 +17,7 @@ __all__ = [
     "IMAGE_SOURCES",
     "WORLDS",
     "BadImage",
+    "FactorImages",
     "ImageBatch",
     "ImageRecord",
     "ImageSource",
@@ -36,6 +38,7 @@ def _open_world(spec: str, *, split: str | None = None) -> World:
 # kind -> (does it take this spec?, open it); the first that takes it opens it.
 IMAGE_SOURCES: dict[str, tuple[Callable[[str], bool], Callable[..., ImageSource]]] = {
     "world": (lambda spec: spec.startswith("world:"), _open_world),
+    "factors": (lambda spec: spec.startswith("factors:"), open_factors),
     "table": (lambda spec: spec.lower().endswith(".csv"), TableImages),
     "tar": (lambda spec: spec.lower().endswith(".tar"), TarImages),
     "folder": (lambda spec: Path(spec).is_dir(), FolderImages),
@@ -43,7 +46,8 @@ IMAGE_SOURCES: dict[str, tuple[Callable[[str], bool], Callable[..., ImageSource]
 
 
 def open_images(spec: str | Path, *, split: str | None = None) -> ImageSource:
-    """Pictures from "world:shapes?n=2000&seed=0", a folder, a table.csv, or "train-{000..003}.tar".
+    """Pictures from "world:shapes?n=2000&seed=0", a folder, a table.csv, "train-{000..003}.tar", or
+    "factors:dsprites.npz?label=shape".
 
     "photos@0:0.8" is a part of any of these: parts with other ranges share no picture (part.py).
 
@@ -63,4 +67,6 @@ def open_images(spec: str | Path, *, split: str | None = None) -> ImageSource:
             return opened(text, split=split)
     if Path(text).exists():
         raise ValueError(f"{text} is neither a folder of pictures nor a .csv or .tar file.")
-    raise FileNotFoundError(f"{text} is missing. Pictures come from a folder, a .csv, a .tar or world:NAME.")
+    raise FileNotFoundError(
+        f"{text} is missing. Pictures come from a folder, a .csv, a .tar, factors:PATH or world:NAME."
+    )

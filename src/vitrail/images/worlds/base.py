@@ -4,6 +4,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -36,10 +37,14 @@ class World(ImageSource):
     A world's options are the keyword arguments of its constructor, which its spec carries:
     "world:shapes?n=2000&seed=0&split=train". Splits are unrelated random streams. `n` only says where to stop:
     scene i of a longer world is scene i of a shorter one.
+
+    Spec and fingerprint name the options in `always_named`, and others only where they are not at their default. So a
+    world may learn new options, and what was made from its pictures before is still known to be made from them.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]  # raised whenever any pixel of the same options changes
+    always_named: ClassVar[tuple[str, ...]] = ("n", "seed", "split", "image_px")
     concepts: tuple[str, ...]  # every concept a scene may show, as "family:value"
     groups: Mapping[str, tuple[int, ...]]  # sibling classes: name of the parent -> labels
 
@@ -57,11 +62,26 @@ class World(ImageSource):
 
     @property
     def options(self) -> dict[str, Any]:
-        return {option: getattr(self, option) for option in inspect.signature(type(self)).parameters}
+        """Every option and its value."""
+        return {option: getattr(self, option) for option in _defaults(type(self))}
+
+    @property
+    def named_options(self) -> dict[str, Any]:
+        """The options that tell this world from others: those of `always_named`, and those not at their default."""
+        defaults = _defaults(type(self))
+        return {
+            option: value
+            for option, value in self.options.items()
+            if option in self.always_named or value != defaults[option]
+        }
 
     @property
     def spec(self) -> str:
-        return f"world:{self.name}?" + "&".join(f"{option}={value}" for option, value in self.options.items())
+        return self._spec
+
+    @cached_property
+    def _spec(self) -> str:
+        return f"world:{self.name}?" + "&".join(f"{option}={value}" for option, value in self.named_options.items())
 
     def __len__(self) -> int:
         return self.n
@@ -76,11 +96,17 @@ class World(ImageSource):
         return 3 * self.image_px**2
 
     def fingerprint(self) -> str:
-        return json_digest({"world": self.name, "version": self.version, **self.options})
+        return json_digest({"world": self.name, "version": self.version, **self.named_options})
 
     def patch_coverage(self, i: int, patch_px: int) -> Float[Tensor, "n_concepts grid_h grid_w"]:
         """Share of each patch's pixels that show each concept, 0..1, in the order of `concepts`."""
         return scene_coverage(self.scene(i), self.concepts, patch_px)
+
+
+@cache
+def _defaults(world: type[World]) -> dict[str, Any]:
+    """Default of each option, in the order of the constructor."""
+    return {name: option.default for name, option in inspect.signature(world).parameters.items()}
 
 
 def scene_coverage(scene: Scene, concepts: Sequence[str], patch_px: int) -> Float[Tensor, "n_concepts grid_h grid_w"]:

@@ -3,6 +3,8 @@
 Only the raw 64-bit stream of Philox is used. numpy freezes that stream, but not what `Generator` makes of it.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 from jaxtyping import UInt8
 
@@ -29,3 +31,14 @@ def stream_key(*parts: int) -> tuple[int, int]:
     """A Philox key from whole numbers >= 0; different numbers give unrelated streams."""
     low, high = np.random.SeedSequence(parts).generate_state(2, np.uint64).tolist()
     return low, high
+
+
+def pick(names: Iterable[str], share: float) -> str:
+    """The name at `share`, in 0..1, of the list."""
+    listed = list(names)
+    return listed[int(share * len(listed))]
+
+
+def spread(share: float, most: float) -> float:
+    """From 0..1 to -most..most."""
+    return (2.0 * share - 1.0) * most
