@@ -122,3 +122,8 @@ def test_dots_by_hand_come_in_the_order_of_the_entries():
     per_row = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     per_latent = torch.tensor([[1.0, 0.0], [0.0, 0.0], [5.0, 6.0]])
     assert entry_dots(per_row, per_latent, codes).tolist() == [17, 1, 39]
+
+
+def test_no_rows_are_no_chunks():
+    none = Encoder(torch.zeros(0, 8), torch.zeros(8, 1024), torch.ones(1024))
+    assert list(none.chunks()) == []

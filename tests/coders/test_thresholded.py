@@ -4,9 +4,10 @@ import pytest
 import torch
 from coder_examples import fitted, rows
 
-from vitrail.coders import Codes, thresholded
+from vitrail.coders import Codes, select, thresholded
 from vitrail.coders.jump_relu import KERNELS, REACH
-from vitrail.coders.thresholded import Kernel, above, entries, jumped, pre_above, rectified, rows_of_chunk
+from vitrail.coders.select import rows_of_chunk
+from vitrail.coders.thresholded import Kernel, above, entries, jumped, pre_above, rectified
 
 NAMES = ("relu", "jump_relu", "gated")
 every_way = pytest.mark.parametrize("share", [0.0, 2.0], ids=["dense", "sparse"])
@@ -196,7 +197,7 @@ def test_bfloat16_values_of_sparse_codes_are_exact(monkeypatch):
 
 
 def test_the_first_chunk_of_a_batch_decides_and_what_comes_later_is_found_all_the_same(monkeypatch):
-    monkeypatch.setattr(thresholded, "CHUNK_BYTES", 4 * 10 * 8)  # 10 rows of 8 latents
+    monkeypatch.setattr(select, "PRE_ACTIVATION_BYTES", 4 * 10 * 8)  # 10 rows of 8 latents
     y = torch.full((40, 8), -1.0)
     y[::3, 2] = 1.0
     plain = (torch.zeros(8), torch.eye(8), torch.zeros(8))
@@ -212,9 +213,9 @@ def test_the_first_chunk_of_a_batch_decides_and_what_comes_later_is_found_all_th
 
 
 def test_chunks_are_of_equal_size(monkeypatch):
-    monkeypatch.setattr(thresholded, "CHUNK_BYTES", 1000)
-    assert [rows_of_chunk(n, 10) for n in (1, 100, 101, 250)] == [1, 100, 51, 84]
-    assert rows_of_chunk(5, 10_000) == 1
+    monkeypatch.setattr(select, "PRE_ACTIVATION_BYTES", 1000)
+    assert [rows_of_chunk(n, 10, torch.device("cpu")) for n in (1, 100, 101, 250)] == [1, 100, 51, 84]
+    assert rows_of_chunk(5, 10_000, torch.device("cpu")) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -232,7 +233,7 @@ def test_entries_are_those_marked(dtype):
 def test_long_batches_are_many_chunks_and_parts(monkeypatch, name):
     coder, x = moved(fitted(name)).double(), rows(64).double()
     whole = step_of(coder, x)
-    monkeypatch.setattr(thresholded, "CHUNK_BYTES", 8 * 28 * 7)
+    monkeypatch.setattr(select, "PRE_ACTIVATION_BYTES", 8 * 28 * 7)
     for share in (0.0, 2.0):
         take(monkeypatch, share)
         cut = step_of(coder, x)

@@ -11,7 +11,8 @@ from PIL import Image
 
 from vitrail.coders.sparse import Codes
 from vitrail.images import open_world
-from vitrail.metrics.recovery import Entries, Recovery, halves, hierarchy_of, recovery
+from vitrail.metrics.entries import Entries
+from vitrail.metrics.recovery import Recovery, halves, hierarchy_of, recovery
 from vitrail.metrics.recovery_picture import recovery_picture
 from vitrail.metrics.truth import Firing, Truth, displaced, mixed, pooled, shuffled
 

@@ -33,6 +33,13 @@ SPARE = 8  # one candidate in so many more than k, at least so many, where bfloa
 GUESSES = (0.9, 0.6, 0.0)  # of the smallest entry picked in earlier batches
 
 
+def rows_of_chunk(n: int, bytes_per_row: int, device: torch.device) -> int:
+    """Chunks of equal size, so that no last one of a few rows is left."""
+    room = PRE_ACTIVATION_BYTES if device.type == "cpu" else PRE_ACTIVATION_BYTES_ON_GPU
+    most = max(1, room // bytes_per_row)
+    return max(1, -(-n // -(-n // most))) if n else 1
+
+
 class Encoder:
     """(y - b_dec) @ W_enc + b_enc of one batch, a chunk of rows at a time."""
 
@@ -51,9 +58,7 @@ class Encoder:
     def chunks(self) -> Iterator[tuple[int, Float[Tensor, "m d_sae"]]]:
         """(first row, pre-activations). The memory is used again for the next chunk."""
         centred, W_enc, b_enc = self._in
-        room = PRE_ACTIVATION_BYTES if centred.device.type == "cpu" else PRE_ACTIVATION_BYTES_ON_GPU
-        most = max(1, room // (self.d_sae * centred.element_size()))
-        size = max(1, -(-self.n // -(-self.n // most)))  # chunks of one size
+        size = rows_of_chunk(self.n, self.d_sae * centred.element_size(), centred.device)
         memory = torch.empty(size, self.d_sae, dtype=centred.dtype, device=centred.device)
         for first in range(0, self.n, size):
             rows = centred[first : first + size]

@@ -21,14 +21,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vitrail.coders.sparse import Codes, activations, decode, entries_at, entry_dots, positions
+from vitrail.coders.select import Encoder, rows_of_chunk
+from vitrail.coders.sparse import Codes, activations, decode, entries_at, positions
 
 # Share of the entries. 4,096 rows of 768, d_sae 6,144, one core, loss and gradients of a step, CPU ms: dense in float32
 # 2,250, sparse 720 at 0.05, 1,040 at 0.1, 1,960 at 0.2, 2,640 at 0.3; dense in bfloat16 600 (860 with a kernel), sparse
 # 290 at 0.02, 430 at 0.04, 610 at 1/16, 930 at 0.1.
 SPARSE_BELOW = {torch.float32: 1 / 5, torch.float64: 1 / 5, torch.bfloat16: 1 / 16}
 SPARSE_BELOW_ON_GPU = 1 / 40
-CHUNK_BYTES = 2**24  # of pre-activations: read again while they are near the cache
 CHUNK_SHARE = 2  # of which a part is worked on at a time on the dense way, where four such arrays are about
 COARSE = 2.0**-7  # bfloat16's step at a number, as its share: how far below a floor to look for what may lie above
 STEPS_IN_BANDWIDTH = 4  # of bfloat16 at the thresholds; where fewer fit, it cannot tell what lies within
@@ -116,43 +116,26 @@ def pre_above(
 
     In bfloat16 the entries found are those above the floor as bfloat16 sees it, some of them just below.
     """
-    dtype = y.dtype if dtype is None else dtype
-    exact = dtype == y.dtype
-    centred = y - b_dec
-    rows_in, weights, bias = (tensor.to(dtype) for tensor in (centred, W_enc, b_enc))
-    seen = floor if exact or floor is None else (floor - COARSE * floor.abs()).to(dtype)
-    n, d_sae = len(y), len(b_enc)
-    size = rows_of_chunk(n, d_sae * rows_in.element_size())
-    chunk = torch.empty(size, d_sae, dtype=dtype, device=y.device)
-    pre = torch.addmm(bias, rows_in[:size], weights, out=chunk)
-    marked = above(pre, seen)
-    if n_marked(marked) >= sparse_below(dtype, y.device) * marked.numel():
-        whole = torch.empty(n, d_sae, dtype=dtype, device=y.device)
-        whole[:size] = pre
-        for first in range(size, n, size):
-            rows = slice(first, first + size)
-            torch.addmm(bias, rows_in[rows], weights, out=whole[rows])
-        return whole
-    parts = [entries(pre, marked)]
-    for first in range(size, n, size):
-        rows = rows_in[first : first + size]
-        pre = torch.addmm(bias, rows, weights, out=chunk[: len(rows)])
-        parts.append(entries(pre, above(pre, seen)))
-    codes = Codes.cat(parts)
-    if exact:
-        return codes
-    return codes.with_values(entry_dots(centred, W_enc.t(), codes).add_(b_enc[codes.indices]))
+    encoder = Encoder(y - b_dec, W_enc, b_enc, dtype)
+    dtype = dtype or y.dtype
+    seen = floor if encoder.exact or floor is None else (floor - COARSE * floor.abs()).to(dtype)
+    parts: list[Codes] = []
+    whole: Tensor | None = None
+    for first, pre in encoder.chunks():
+        if whole is None:
+            marked = above(pre, seen)  # whether few or many fire, the first chunk says
+            if first == 0 and n_marked(marked) >= sparse_below(dtype, y.device) * marked.numel():
+                whole = torch.empty(len(y), len(b_enc), dtype=dtype, device=y.device)
+            else:
+                parts.append(entries(pre, marked))
+        if whole is not None:
+            whole[first : first + len(pre)] = pre
+    return encoder.exact_values(Codes.cat(parts)) if whole is None else whole
 
 
 def sparse_below(dtype: torch.dtype, device: torch.device) -> float:
     """The share of entries below which the sparse way is taken."""
     return SPARSE_BELOW[dtype] if device.type == "cpu" else SPARSE_BELOW_ON_GPU
-
-
-def rows_of_chunk(n: int, bytes_per_row: int) -> int:
-    """Chunks of equal size, so that no last one of a few rows is left."""
-    most = max(1, CHUNK_BYTES // bytes_per_row)
-    return max(1, -(-n // -(-n // most))) if n else 1
 
 
 def above(pre: Float[Tensor, "m d_sae"], floor: Float[Tensor, " d_sae"] | None) -> Bool[Tensor, "m d_sae"]:
@@ -197,13 +180,15 @@ def _fired_sparsely(codes: Codes, W_dec: Tensor, per_latent: Tensor) -> Fired:
 
 
 def _positive(pre: Tensor, theta: Tensor | None, dtype: torch.dtype) -> Codes:
-    found = [entries(part, above(part, theta)) for part in pre.split(rows_of_chunk(len(pre), pre[0].nbytes))]
+    found = [
+        entries(part, above(part, theta)) for part in pre.split(rows_of_chunk(len(pre), pre[0].nbytes, pre.device))
+    ]
     codes = Codes.cat(found)
     return codes.with_values(codes.values.to(dtype))
 
 
 def _parts(pre: Tensor) -> Iterator[slice]:
-    size = rows_of_chunk(len(pre), pre.shape[1] * CHUNK_SHARE * pre.element_size())
+    size = rows_of_chunk(len(pre), pre.shape[1] * CHUNK_SHARE * pre.element_size(), pre.device)
     for first in range(0, len(pre), size):
         yield slice(first, first + size)
 

@@ -18,10 +18,8 @@ import json
 import math
 import os
 import re
-import zipfile
-import zlib
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -30,6 +28,7 @@ from jaxtyping import Bool
 from PIL import Image
 
 from vitrail.files import json_digest, read_json
+from vitrail.images import npz
 from vitrail.images.base import ImageRecord, ImageSource
 from vitrail.images.folder import read_bytes, size_of
 from vitrail.images.listed import Entry, ListedImages
@@ -39,7 +38,6 @@ PREFIX = "factors:"
 DSPRITES = ("color", "shape", "scale", "orientation", "posX", "posY")
 _DSPRITES_VALUES = {"color": ["white"], "shape": ["square", "ellipse", "heart"]}
 _CLEVR = ("size", "color", "material", "shape")  # in the order in which a caption says them
-_BLOCK = 2**24  # bytes inflated at a time
 
 Values = Mapping[str, tuple[str, ...]]  # factor -> its values in one picture: one, or several where things are several
 
@@ -265,10 +263,10 @@ class NpzFactors(FactorImages):
             raise ValueError(f"{path} says of no picture which split it is in, so split={split!r} cannot be chosen.")
         if not self.path.is_file():
             raise FileNotFoundError(f"{path} is missing: there is no .npz of pictures here.")
-        self._shape, dtype = _array_header(self.path, "imgs")
+        self._shape, dtype = npz.array_header(self.path, "imgs")
         if len(self._shape) != 3 or dtype not in (np.dtype(bool), np.dtype(np.uint8)) or 0 in self._shape:
             raise ValueError(f"{path}: imgs must be (n, h, w) in uint8 or bool, got {self._shape} in {dtype}.")
-        codes = _array(self.path, "latents_classes")
+        codes = npz.array(self.path, "latents_classes")
         if codes.shape != (self._shape[0], *codes.shape[1:2]) or codes.dtype.kind not in "iu" or codes.min() < 0:
             raise ValueError(
                 f"{path}: latents_classes must be (n={self._shape[0]}, f) whole numbers from 0, got {codes.shape} in "
@@ -276,7 +274,7 @@ class NpzFactors(FactorImages):
             )
         self._codes = codes.astype(np.uint16 if codes.max() < 2**16 else np.int64)
         self.factors, named = _names(self.path, codes.shape[1])
-        values = _data(self.path, "latents_values")
+        values = npz.data(self.path, "latents_values")
         self._values = [_value_names(self._codes, values, j, named.get(name)) for j, name in enumerate(self.factors)]
         self._named = [dict(zip(codes, names, strict=True)) for codes, names in self._values]
         self.concepts = tuple(
@@ -335,7 +333,7 @@ class NpzFactors(FactorImages):
 
     def fingerprint(self) -> str:
         """From the checksums that the file itself holds of its arrays, and the chosen label."""
-        with _opened(self.path) as archive:
+        with npz.opened(self.path) as archive:
             sums = [[info.filename, info.CRC, info.file_size] for info in archive.infolist()]
         arrays = sorted(entry for entry in sums if entry[0] in ("imgs.npy", "latents_classes.npy"))
         return json_digest({"arrays": arrays, "label": self._label, "classes": self.classes})
@@ -349,13 +347,13 @@ class NpzFactors(FactorImages):
 
     def _images(self) -> np.ndarray:
         if self._pixels is None:
-            mapped = _mapped(self.path, "imgs")
+            mapped = npz.mapped(self.path, "imgs")
             if mapped is not None:
-                rows = max(1, _BLOCK // math.prod(self._shape[1:]))
+                rows = max(1, npz.BLOCK // math.prod(self._shape[1:]))
                 self._binary = all(mapped[at : at + rows].max() <= 1 for at in range(0, len(mapped), rows))
                 self._pixels = mapped
             else:
-                self._pixels, self._binary = _inflated(self.path, "imgs")
+                self._pixels, self._binary = npz.inflated(self.path, "imgs")
         return self._pixels
 
 
@@ -389,7 +387,7 @@ def _texts(value: Any) -> TypeGuard[list[str]]:
 
 def _metadata(path: Path) -> Any:
     """`metadata` if it is JSON text; None if it is not there or pickled, as in dSprites."""
-    found = _data(path, "metadata")
+    found = npz.data(path, "metadata")
     try:
         said = json.loads(str(found)) if found is not None and found.shape == () and found.dtype.kind == "U" else None
     except json.JSONDecodeError:
@@ -410,110 +408,6 @@ def _value_names(
         if len(set(names)) == len(names):
             return numbers, names
     return numbers, [str(code) for code in numbers]
-
-
-# -- .npz: a zip of .npy files
-
-
-def _opened(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise ValueError(f"{path} is cut short or not a .npz file: {error}.") from error
-
-
-def _member(path: Path, archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    try:
-        return archive.getinfo(f"{name}.npy")
-    except KeyError:
-        found = ", ".join(entry.removesuffix(".npy") for entry in archive.namelist()) or "nothing"
-        raise ValueError(f"{path} has no array {name!r}. Found: {found}.") from None
-
-
-def _npy_header(path: Path, name: str, stream: Any) -> tuple[tuple[int, ...], np.dtype]:
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(stream)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: {name} is no array that can be read: {error}.") from error
-    if fortran and len(shape) > 1:
-        raise ValueError(f"{path}: {name} lies in Fortran order; save it with numpy.ascontiguousarray.")
-    return shape, dtype
-
-
-def _array_header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    with _opened(path) as archive, archive.open(_member(path, archive, name)) as stream:
-        return _npy_header(path, name, stream)
-
-
-def _array(path: Path, name: str) -> np.ndarray:
-    """A whole array. Raises ValueError if it is missing, damaged, or would have to be unpickled."""
-    try:
-        with _opened(path) as archive, archive.open(_member(path, archive, name)) as stream:
-            return np.lib.format.read_array(stream, allow_pickle=False)
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, zlib.error) as error:
-        raise ValueError(f"{path}: {name} cannot be read: {error}") from error
-
-
-def _data(path: Path, name: str) -> np.ndarray | None:
-    """`_array`, or None where there is none, or only a pickled one."""
-    with _opened(path) as archive:
-        if f"{name}.npy" not in archive.namelist():
-            return None
-    return None if _array_header(path, name)[1].hasobject else _array(path, name)
-
-
-def _mapped(path: Path, name: str) -> np.ndarray | None:
-    """The array where it lies in the file; None if it is compressed."""
-    with _opened(path) as archive:
-        member = _member(path, archive, name)
-        if member.compress_type != zipfile.ZIP_STORED:
-            return None
-    with path.open("rb") as stream:
-        stream.seek(member.header_offset)
-        local = stream.read(30)  # its own extra field may be longer than the directory's
-        start = (
-            member.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
-        )
-        stream.seek(start)
-        shape, dtype = _npy_header(path, name, stream)
-        offset = stream.tell()
-    try:
-        return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: {name} is cut short: {error}.") from error
-
-
-def _inflated(path: Path, name: str) -> tuple[np.ndarray, bool]:
-    """(n, bytes) bits of pictures that are black and white, or (n, h, w); and which it is."""
-    with _opened(path) as archive, archive.open(_member(path, archive, name)) as stream:
-        shape, _ = _npy_header(path, name, stream)
-        size = math.prod(shape[1:])
-        bits = np.empty((shape[0], -(-size // 8)), dtype=np.uint8)
-        done = 0
-        for block in _blocks(path, name, stream, shape[0], size):
-            if block.max() > 1:
-                return _array(path, name), False
-            bits[done : done + len(block)] = np.packbits(block, axis=1)
-            done += len(block)
-    return bits, True
-
-
-def _blocks(path: Path, name: str, stream: Any, n: int, size: int) -> Iterator[np.ndarray]:
-    rows = max(1, _BLOCK // size)
-    for at in range(0, n, rows):
-        wanted = min(rows, n - at) * size
-        try:
-            data = stream.read(wanted)
-        except (zipfile.BadZipFile, EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path}: {name} cannot be read: {error}.") from error
-        if len(data) < wanted:
-            raise ValueError(f"{path}: {name} is cut short.")
-        yield np.frombuffer(data, dtype=np.uint8).reshape(-1, size)
-
-
-# -- helpers
 
 
 def _spec(path: Path, label: str | None, split: str | None) -> str:
