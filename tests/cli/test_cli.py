@@ -1,11 +1,13 @@
 """The command line, verb by verb, as a person types it; and what it says when they mistype."""
 
 import json
+import warnings
 
 import pytest
 
-from vitrail.cli import VERBS, main
+from vitrail.cli import VERBS, main, warnings_as_sentences
 from vitrail.store import Store
+from vitrail.training import loop
 
 POINT = "blocks.1.hook_resid_post"
 WORLD = "world:shapes?n=48"
@@ -181,3 +183,14 @@ def test_what_can_go_wrong_in_a_run_is_a_sentence(run, capsys, tmp_path):
     )  # fmt: skip
     assert "at step" in told
     assert "k must be at least 1, got 0" in fail(capsys, "index", run / "codes/topk", tmp_path / "i", "--k", 0)
+
+
+def test_own_warnings_are_sentences_and_others_stay(monkeypatch):
+    monkeypatch.delenv("VITRAIL_DEBUG", raising=False)
+    before = warnings.formatwarning
+    with warnings_as_sentences("train"):
+        ours = warnings.formatwarning("missed its target.", UserWarning, loop.__file__, 272)
+        theirs = warnings.formatwarning("deprecated.", UserWarning, "/elsewhere/torch.py", 3, line="x = 1")
+    assert ours == "vitrail train: missed its target.\n"
+    assert theirs == "/elsewhere/torch.py:3: UserWarning: deprecated.\n  x = 1\n"
+    assert warnings.formatwarning is before

@@ -2,8 +2,12 @@
 
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 # verb -> what it does, in the order in which one would use them
 VERBS = {
@@ -42,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"vitrail: there is no verb {verb!r}. Verbs: {', '.join(VERBS)}.")
     run = import_module(f"vitrail.cli.{verb}").run
     try:
-        run(rest)
+        with warnings_as_sentences(verb):
+            run(rest)
     except KeyboardInterrupt:
         sys.exit(f"vitrail {verb}: stopped. Run the same command again to go on where it was.")
     except BrokenPipeError:  # `vitrail ... | head`: the reader has seen enough
@@ -54,6 +59,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         told = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"vitrail {verb}: {told}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def warnings_as_sentences(verb: str) -> Iterator[None]:
+    """vitrail's own warnings without the line of source that Python prints with them; others' as they are."""
+    as_python_does = warnings.formatwarning
+
+    def formatted(message: Warning | str, category: type[Warning], filename: str, *more: Any, **others: Any) -> str:
+        if Path(filename).is_relative_to(Path(__file__).parents[1]) and not os.environ.get("VITRAIL_DEBUG"):
+            return f"vitrail {verb}: {message}\n"
+        return as_python_does(message, category, filename, *more, **others)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = as_python_does
 
 
 def usage() -> str:
