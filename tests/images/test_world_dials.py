@@ -21,6 +21,7 @@ ALL_ON = (
     "shapes?clutter=4&background_bias=0.5&colour_bias=0.5&words=0.7&wrong_words=0.5&label_noise=0.3&occlusion=0.3"
     "&count=4&orientation=0.8"
 )
+OTHER_FONTS = "shapes?words=1&fonts=aileron,aileron-large,aileron-capitals,dejavu-serif,dejavu-mono"
 # Over label, caption, attributes, pixels and masks of the first 24 scenes. See FROZEN in test_worlds.py.
 FROZEN = {
     "shapes?background_bias=0.9": "638dfc8c06fcaa3109185b10ddead314c41ded6eb92e1dd70b44f300f14a06ab",
@@ -28,6 +29,9 @@ FROZEN = {
     "shapes?words=0.8&wrong_words=0.5": "e127c8a2a4b7cc1fae867bf518cfe422441095a6aa3ae662621ec70b5fcac869",
     "shapes?words=1&vocabulary=class&image_px=96": "93b520c97332b4b3e7a49d5beb53d6d0c33a6d903869a72797c94e566bf5a15b",
     "shapes?words=1&vocabulary=cat,dog": "315dd70053060479e99a189233082aa6b73a2c16df9953f7498bbd1b33bbac3f",
+    "shapes?words=1&wrong_words=0.5&vocabulary=any": "391acc0899173652ce67c1cc40bfc952cc0cd7b5310001e2e6cb6df7ad015ab0",
+    OTHER_FONTS: "778338edd9b9d2f2088d7974e6b906b9855522a80671e3530d0458be65589379",
+    "shapes?words=1&vocabulary=to,be&word_scale=2": "5ae32c33dc47bf871172b2082b40e36343a41796acfff264dd46f3c3313d97db",
     "shapes?label_noise=0.3": "9158e04da4093bd3a3512b697075e9c0244b7762ae00677bf019946e1a935b3b",
     "shapes?occlusion=0.4": "f074dab683769de29623a57c25abb21fe9bdb03960bbd514e50acb53eee0921a",
     "shapes?count=4": "247b61ccff230426c2b8c7d4d19e0ad41c661d91153c5562894ffdeaa3541af1",
@@ -178,6 +182,45 @@ def test_vocabularies():
     pets = Counter(f.word for f in seen("shapes?words=1&vocabulary=cat,dog", 1000))
     assert set(pets) == {"cat", "dog"}
     assert likely(pets["cat"], 1000, 0.5)
+
+
+def test_a_word_of_any_vocabulary_names_one_of_four_things_evenly():
+    families = ("shape", "texture", "colour", "background")
+    for spec, wrong in (
+        ("shapes?words=1&vocabulary=any", False),
+        ("shapes?words=1&vocabulary=any&wrong_words=1", True),
+    ):
+        world, factors = open_world(spec), seen(spec, 2400)
+        words = {name: family for family in families for name in {getattr(f, family) for f in factors}}
+        counts = Counter(words[f.word] for f in factors)
+        assert all(likely(counts[family], 2400, 1 / 4) for family in families)
+        assert all((f.word == getattr(f, words[f.word])) != wrong for f in factors)
+        assert [c for c in world.concepts if c.startswith("word:")] == [
+            f"word:{name}" for name in world.vocabulary_words
+        ]
+        assert set(world.vocabulary_words) == set(words)  # 12 + 4 + 8 + 6 names
+        assert len(words) == 30
+
+
+def test_fonts_are_those_of_the_list_evenly_and_change_nothing_else():
+    spec = "shapes?words=0.7&wrong_words=0.3"
+    world, factors = open_world(f"{spec}&fonts=dejavu-serif,aileron"), seen(f"{spec}&fonts=dejavu-serif,aileron")
+    written = Counter(f.font for f in factors if f.word)
+    assert likely(written["aileron"], sum(written.values()), 1 / 2)
+    assert set(written) == {"aileron", "dejavu-serif"}
+    assert [c for c in world.concepts if c.startswith("font:")] == ["font:dejavu-serif", "font:aileron"]
+    assert [(f.word, f.word_is_wrong, f.colour) for f in factors] == [
+        (f.word, f.word_is_wrong, f.colour) for f in seen(spec)
+    ]
+    assert open_world(world.spec).font_names == ("dejavu-serif", "aileron")
+
+
+def test_scaled_words_are_inside_the_picture_and_four_times_as_many_pixels():
+    """Font and word of a picture do not change with the scale, so the counts of pixels compare one by one."""
+    spec = "shapes?n=40&words=1&vocabulary=cat,dog"
+    for i in range(40):
+        small, large = (open_world(f"{spec}&word_scale={scale}").scene(i).masks["written"] for scale in (1, 2))
+        assert large.sum() == 4 * small.sum()
 
 
 def test_label_noise_moves_labels_and_nothing_that_is_shown():
@@ -417,7 +460,8 @@ DIALS = st.fixed_dictionaries(
         "colour_bias": st.floats(0, 1),
         "words": st.floats(0, 1),
         "wrong_words": st.floats(0, 1),
-        "vocabulary": st.sampled_from(["shape", "class", "texture", "colour", "background"]),
+        "vocabulary": st.sampled_from(["shape", "class", "texture", "colour", "background", "any"]),
+        "fonts": st.sampled_from(["regular,bold,slanted", "dejavu-mono", "aileron,slanted,dejavu-serif"]),
         "label_noise": st.floats(0, 1),
         "occlusion": st.floats(0, 1),
         "count": st.integers(1, 4),
@@ -487,7 +531,13 @@ def test_dialled_splits_share_no_scene():
         ("vocabulary=Cat", "words are made of a to z, 0 to 9 and hyphens, at most three to a name, got 'Cat'"),
         ("vocabulary=cat,,dog", "words are made of a to z"),
         ("vocabulary=cat,cat", "every word of a vocabulary must be another, got cat, cat"),
-        ("vocabulary=typographical", "may be 62 pixels wide in bold letters; 'typographical' is"),
+        ("vocabulary=typographical", "in regular letters 'typographical' is 65 wide and 7 high"),
+        ("fonts=gothic", "there is no font 'gothic'. Known: regular, bold, slanted, aileron"),
+        ("fonts=", "there is no font ''"),
+        ("fonts=bold,bold", "every font must be another, got bold, bold"),
+        ("word_scale=5", "word_scale must be in 1..4, got 5"),
+        ("word_scale=2", "62 pixels wide and high; in bold letters at word_scale=2 'circle' is 68 wide and 14 high"),
+        ("fonts=aileron-large&vocabulary=hourglasses", "in aileron-large letters 'hourglasses' is"),
     ],
 )
 def test_bad_dials_get_a_sentence(spec, sentence):

@@ -89,6 +89,7 @@ class Factors:
     font: str | None = None
     word_x: int = 0
     word_y: int = 0
+    word_scale: int = 1
     word_is_wrong: bool = False  # names another thing than the one that is there
     told: tuple[str, ...] = ()  # families that `attributes` tells
     look: str = ""  # "grey picture", "drawing", "pastel drawing", ...: how the caption begins

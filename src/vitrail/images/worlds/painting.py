@@ -134,18 +134,18 @@ def letters(picture: Picture, factors: Factors) -> Mask:
     """The word, in black where most of what it covers is light and in white where most is dark."""
     assert factors.word is not None
     assert factors.font is not None
-    mask = letter_mask(factors.word, factors.font, factors.word_x, factors.word_y, picture.shape[1])
+    word = lettered(factors.word, factors.font, factors.word_scale)
+    mask = letter_mask(word, factors.word_x, factors.word_y, picture.shape[1])
     below = picture[:, mask]
     light = int((0.3 * below[0] + 0.6 * below[1] + 0.1 * below[2] > 120.0).sum())
     picture[:, mask] = 16.0 if 2 * light > below.shape[1] else 240.0
     return mask
 
 
-def letter_mask(word: str, font: str, left: int, top: int, image_px: int) -> Mask:
+def letter_mask(word: Bool[np.ndarray, "word_h word_w"], left: int, top: int, image_px: int) -> Mask:
     """Where the letters are. A letter's pixel is one pixel of a 64-pixel image, of larger images the nearest."""
-    word_pixels = lettered(word, font)
     page = np.zeros((64, 64), dtype=bool)
-    page[top : top + word_pixels.shape[0], left : left + word_pixels.shape[1]] = word_pixels
+    page[top : top + word.shape[0], left : left + word.shape[1]] = word
     if image_px == 64:
         return page
     nearest = (np.arange(image_px) * 2 + 1) * 32 // image_px

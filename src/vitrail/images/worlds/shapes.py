@@ -35,7 +35,7 @@ from vitrail.images.worlds.factors import (
     own_colour,
 )
 from vitrail.images.worlds.fills import FILLS
-from vitrail.images.worlds.lettering import FONTS, check_words, lettered
+from vitrail.images.worlds.lettering import OWN_FONTS, check_fonts, check_words, lettered
 from vitrail.images.worlds.painting import Mask
 from vitrail.images.worlds.silhouettes import SILHOUETTES
 
@@ -52,6 +52,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "colour": tuple(COLOURS),
     "background": tuple(BACKGROUNDS),
 }
+_ANY = ("shape", "texture", "colour", "background")  # the families of the vocabulary "any"
+_NAMES["any"] = tuple(name for family in _ANY for name in _NAMES[family])
 
 
 class ShapesWorld(World):
@@ -62,15 +64,19 @@ class ShapesWorld(World):
         evenly. It is the correlation of home and ground: 0.9 puts 95 % at home, as in Waterbirds (Sagawa et al. 2020).
     colour_bias: share of pictures whose colour is made their class's own; it is Cramer's V of class and colour, but for
         what chance adds.
-    words: share of pictures with a written word. wrong_words: share of those where it names another thing than the one
-        that is there (a typographic attack). vocabulary: "shape", "texture", "class", "colour" or "background", whose
-        names are written, or a list of words ("cat,dog"), drawn evenly.
+    words: share of pictures with a written word.
+    wrong_words: share of those where it names another thing than the one that is there (a typographic attack).
+    vocabulary: "shape", "texture", "class", "colour" or "background", whose names are written; "any": one of shape,
+        texture, colour and background, drawn evenly for each word; or a list of words ("cat,dog"), drawn evenly.
+    fonts: a list of fonts, drawn evenly: regular, bold, slanted; aileron, aileron-large, dejavu-serif, dejavu-mono (in
+        lower case), aileron-capitals.
+    word_scale: how many times as large letters are, 1 to 4; all words must fit.
     label_noise: share of labels that are another class, drawn evenly from the others.
     occlusion: share of the thing's pixels that a bar hides, in every picture.
     count: most things in a picture, 1 to 4: the thing and small copies of it, as many of each number.
     orientation: share of pictures whose thing is turned by quarters, evenly; the others are upright.
-    palette: "plain", "pastel" or "grey". style: "filled" or "drawing" (lines on paper). Neither grey pictures nor
-        drawings show a colour, and nothing is told of it.
+    palette: "plain", "pastel" or "grey". Grey pictures show no colour, and nothing is told of it.
+    style: "filled" or "drawing" (lines on paper). Drawings show no colour either.
     captions: "full" tells of all that, "short" of the thing and the ground alone.
     """
 
@@ -98,6 +104,8 @@ class ShapesWorld(World):
         palette: str = "plain",
         style: str = "filled",
         captions: str = "full",
+        fonts: str = ",".join(OWN_FONTS),
+        word_scale: int = 1,
     ) -> None:
         super().__init__(n=n, seed=seed, split=split, image_px=image_px)
         if not 0 <= clutter <= 64:
@@ -115,7 +123,12 @@ class ShapesWorld(World):
         self.captions = _one_of("captions", captions, CAPTIONS)
         self.vocabulary = vocabulary
         self.vocabulary_words = _NAMES.get(vocabulary) or tuple(vocabulary.split(","))
-        check_words(self.vocabulary_words)
+        if not 1 <= word_scale <= 4:
+            raise ValueError(f"word_scale must be in 1..4, got {word_scale}.")
+        self.fonts, self.word_scale = fonts, word_scale
+        self.font_names = tuple(fonts.split(","))
+        check_fonts(self.font_names)
+        check_words(self.vocabulary_words, self.font_names, word_scale)
         if wrong_words and vocabulary not in _NAMES:
             raise ValueError(
                 f"wrong_words needs a vocabulary that names what is there, one of {', '.join(_NAMES)}; of the words "
@@ -159,7 +172,7 @@ class ShapesWorld(World):
             "orientation": (self.orientation > 0, tuple(orientations)),
             "count": (self.count > 1, COUNTS[: self.count]),
             "word": (self.words > 0, self.vocabulary_words),
-            "font": (self.words > 0, FONTS),
+            "font": (self.words > 0, self.font_names),
         }
         return {family: values for family, (dialled, values) in families.items() if dialled}
 
@@ -234,25 +247,29 @@ class ShapesWorld(World):
             thing = values["x"], values["y"], values["radius"]
             values["copies"] = copies_beside(*thing, self.count, Draws(self._key, i, _COPIES))
         if self.words:
-            written, wrong, *rest = Draws(self._key, i, _WORD).uniform(6)
+            written, wrong, *rest = Draws(self._key, i, _WORD).uniform(7)
             if written < self.words:
                 values |= self._word(values, wrong < self.wrong_words, *rest)
 
     def _word(
-        self, values: dict[str, Any], wrong: bool, which: float, font: float, across: float, down: float
+        self, values: dict[str, Any], wrong: bool, which: float, font: float, across: float, down: float, family: float
     ) -> dict[str, Any]:
         """A word, its font and a place anywhere in the picture."""
-        words = self.vocabulary_words
-        if self.vocabulary in _NAMES:
-            right = f"{values['texture']} {values['shape']}" if self.vocabulary == "class" else values[self.vocabulary]
+        vocabulary, words = self.vocabulary, self.vocabulary_words
+        if vocabulary == "any":
+            vocabulary = pick(_ANY, family)
+            words = _NAMES[vocabulary]
+        if vocabulary in _NAMES:
+            right = f"{values['texture']} {values['shape']}" if vocabulary == "class" else values[vocabulary]
             words = tuple(word for word in words if word != right) if wrong else (right,)
-        word, face = pick(words, which), pick(FONTS, font)
-        height, width = lettered(word, face).shape
+        word, face = pick(words, which), pick(self.font_names, font)
+        height, width = lettered(word, face, self.word_scale).shape
         return {
             "word": word,
             "font": face,
             "word_x": int(across * (65 - width)),
             "word_y": int(down * (65 - height)),
+            "word_scale": self.word_scale,
             "word_is_wrong": wrong,
         }
 
