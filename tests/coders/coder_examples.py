@@ -37,6 +37,7 @@ ARGUMENTS = {
     "random": {"d_sae": D_SAE, "k": K},
     "pca": {"k": K, "n_components": 10},
     "neurons": {"k": K},
+    "kmeans": {"d_sae": D_SAE, "k": K},
 }
 ALL = CODERS | BASELINES
 

@@ -427,3 +427,12 @@ def test_a_resample_without_the_concept_says_nothing_of_it():
     y = [1] + [0] * 9
     found = same(firing_of(y), truth_of(y))
     assert [(row["f1_low"], row["f1_high"]) for row in found.rows(n_bootstrap=100)] == [(1, 1)]
+
+
+def test_mixed_by_frequency_pairs_latents_that_fire_as_often():
+    # Latents fire in 1, 3, 2 and 3 pictures: by frequency 0, 2, 1, 3, so that 0 and 2 are a pair, and 1 and 3.
+    z = torch.tensor([[4.0, 8.0, 0.0, 1.0], [0.0, 8.0, 2.0, 1.0], [0.0, 8.0, 2.0, 1.0]])
+    firing = Firing(Codes.from_dense(z))
+    assert firing.frequency_order().tolist() == [0, 2, 1, 3]
+    found = mixed(firing, 0.5, order=firing.frequency_order()).images.to_dense()
+    assert found.tolist() == [[2.0, 4.5, 2.0, 4.5], [1.0, 4.5, 1.0, 4.5], [1.0, 4.5, 1.0, 4.5]]

@@ -121,7 +121,8 @@ def test_controls_spend_no_more_latents_than_their_coder(backbone, images, activ
     own = rows["relu"].measured["l0_tokens"].value
     assert k - 1 < own <= k
     beside = [row for row in rows.values() if row.control_of == "relu"]
-    assert {row.name for row in beside} == {f"relu / {c}" for c in ("random", "pca", "pca_all", "neurons", "untrained")}
+    names = ("random", "pca", "pca_all", "neurons", "kmeans", "untrained")
+    assert [row.name for row in beside] == [f"relu / {control}" for control in names]
     for row in beside:
         assert row.measured["l0_tokens"].value <= k + 1e-9
 

@@ -19,11 +19,15 @@ VERBS = {
     "encode": "every stored row into sparse codes",
     "index": "per latent: top images and patches, density, histogram",
     "eval": "Prisma's table of a coder, beside its controls",
+    "table": "rows of eval in a paper's layout: Markdown, LaTeX, HTML, CSV",
+    "figures": "the curves of eval, drawn: vector, PNG, and their numbers",
+    "check-table": "published or own tables: rows that cannot be, or contradict themselves",
+    "recover": "which concepts of a world coders recover, beside controls",
     "report": "one self-contained HTML page of a run folder",
     "hub": "publish and fetch coders: hub push, hub pull",
     "points": "the hook points of a backbone",
-    "world": "look at a built-in world",
-    "toy": "train a toy model",
+    "world": "list, show and make built-in worlds",
+    "toy": "list, train, measure and fetch the built-in models",
     "verify": "read every byte of a store and compare checksums",
 }
 
@@ -44,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if verb not in VERBS:
         sys.exit(f"vitrail: there is no verb {verb!r}. Verbs: {', '.join(VERBS)}.")
-    run = import_module(f"vitrail.cli.{verb}").run
+    run = import_module(f"vitrail.cli.{verb.replace('-', '_')}").run
     try:
         with warnings_as_sentences(verb):
             run(rest)

@@ -38,6 +38,8 @@ def eval_verb(
     substitution: Literal["trained-tokens", "all-tokens"] = "trained-tokens",
     store: Path | None = None,
     controls: bool = True,
+    metrics: str = "",
+    random_backbone: bool = False,
     split: str | None = None,
     limit: int | None = None,
     batch_size: int = 64,
@@ -61,6 +63,8 @@ def eval_verb(
         logit_scale: temperature of a zero-shot head (default: the model's own, or 100 for a .npy)
         substitution: on the tokens a coder was trained on, or on all, as Prisma's code does
         store: where controls are fitted (default: the store the first coder was trained on)
+        metrics: beside Prisma's table, in the same pass: all, prisma, msae, or names (docs/metrics.md)
+        random_backbone: a control more: the same coder on the same model with random weights
     """
     loaded, about = load_coders(list(coders), pick_device(device))
     for needed in ("point", "tokens", "backbone"):
@@ -87,6 +91,8 @@ def eval_verb(
         tokens=about["tokens"],
         head=pick_head(head, model, source, head_images, templates, logit_scale, n_workers),
         control_sample=sample,
+        metrics=metrics,
+        random_backbone="encode" if random_backbone else None,
         limit=limit,
         substitution=substitution,
         batch_size=batch_size,

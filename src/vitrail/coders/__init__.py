@@ -2,7 +2,7 @@
 
 from vitrail.coders.archetypal import ArchetypalBatchTopK, ArchetypalTopK
 from vitrail.coders.base import SparseCoder, Step
-from vitrail.coders.baselines import PCA, Neurons, RandomDirections, controls, untrained_like
+from vitrail.coders.baselines import PCA, KMeans, Neurons, RandomDirections, controls, untrained_like
 from vitrail.coders.batch_topk import BatchTopK
 from vitrail.coders.checkpoint import coder_metadata, load_coder, save_coder
 from vitrail.coders.crosscoder import BatchTopKCrosscoder, Crosscoder, MultiSource, TopKCrosscoder
@@ -32,6 +32,7 @@ __all__ = [
     "Crosscoder",
     "Gated",
     "JumpReLU",
+    "KMeans",
     "MatchingPursuit",
     "Matryoshka",
     "MatryoshkaPrefix",

@@ -2,7 +2,7 @@
 
 from vitrail.coders.archetypal import ArchetypalBatchTopK, ArchetypalTopK
 from vitrail.coders.base import SparseCoder
-from vitrail.coders.baselines import PCA, Neurons, RandomDirections
+from vitrail.coders.baselines import PCA, KMeans, Neurons, RandomDirections
 from vitrail.coders.batch_topk import BatchTopK
 from vitrail.coders.crosscoder import BatchTopKCrosscoder, Crosscoder, TopKCrosscoder
 from vitrail.coders.gated import Gated
@@ -35,7 +35,7 @@ CODERS: dict[str, type[SparseCoder]] = {
         BatchTopKCrosscoder,
     )
 }
-BASELINES: dict[str, type[SparseCoder]] = {coder.name: coder for coder in (RandomDirections, PCA, Neurons)}
+BASELINES: dict[str, type[SparseCoder]] = {coder.name: coder for coder in (RandomDirections, PCA, Neurons, KMeans)}
 
 
 def make_coder(architecture: str, **arguments: object) -> SparseCoder:

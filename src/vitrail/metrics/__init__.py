@@ -14,6 +14,32 @@ class Measure:
     meaning: str
 
 
+def _recovery(level: str, of: str) -> dict[str, Measure]:
+    """What `Recovery.summary` measures at one level; docs/truth.md."""
+    mean, share = "mean over measured concepts of", "share of measured concepts with"
+    short = {"image": "img", "patch": "patch"}[level]
+    measures = {
+        f"{level}_f1": Measure(f"F1 {short}", "", "higher", 3, f"{mean} the chosen latent's F1 over {of}"),
+        f"{level}_iou": Measure(f"IoU {short}", "", "higher", 3, f"{mean} the chosen latent's IoU over {of}"),
+        f"{level}_auc": Measure(f"AUC {short}", "", "higher", 3, f"{mean} the best latent's ROC AUC over {of}"),
+    }
+    for at in ("0.5", "0.7", "0.9"):
+        what = f"{share} F1 >= {at} over {of}"
+        measures[f"{level}_recovered_f1_{at}"] = Measure(f"F1≥{at} {short}", "", "higher", 2, what)
+        always = f"{share} F1 >= {at} over {of} for a latent that is always on"
+        measures[f"{level}_constant_f1_{at}"] = Measure(f"always≥{at} {short}", "", "", 2, always)
+    for at in ("0.9", "0.95"):
+        what = f"{share} ROC AUC >= {at} over {of}"
+        measures[f"{level}_recovered_auc_{at}"] = Measure(f"AUC≥{at} {short}", "", "higher", 2, what)
+    many = f"mean number of latents within 0.9 of the best F1 over {of}, of concepts found"
+    measures[f"{level}_redundancy"] = Measure(f"redund. {short}", "latents", "lower", 1, many)
+    covered = f"share of concepts whose {of} latents that lie in them cover to 90 %"
+    measures[f"{level}_covered"] = Measure(f"covered {short}", "", "higher", 2, covered)
+    parts = f"mean number of latents that cover 90 % of a concept's {of}, where any do"
+    measures[f"{level}_splitting"] = Measure(f"split {short}", "latents", "lower", 1, parts)
+    return measures
+
+
 MEASURES: dict[str, Measure] = {
     "explained_variance": Measure("EV", "", "higher", 3, "1 - FVU; ratio of sums over all rows"),
     "fvu": Measure("FVU", "", "lower", 3, "fraction of variance unexplained; ratio of sums over all rows"),
@@ -35,6 +61,76 @@ MEASURES: dict[str, Measure] = {
     "recon_accuracy": Measure("recon top-1", "", "higher", 3, "accuracy with the reconstruction put in"),
     "zero_accuracy": Measure("zero top-1", "", "", 3, "accuracy with the point set to zero"),
     "alive": Measure("alive", "", "higher", 3, "share of latents that fire at least once on the evaluation set"),
+    # MSAE's, and Prisma's as published
+    "sparsity": Measure("zeros", "", "higher", 3, "mean share of latents that are zero"),
+    "cosine_normalized": Measure("CS", "", "higher", 3, "mean over rows of cosine(x, x_hat) in the coder's own space"),
+    "fvu_msae_loss": Measure("FVU (loss)", "", "lower", 4, "MSAE's loss.py: per row, uncentred; mean over rows"),
+    "fvu_msae_code": Measure("FVU (code)", "", "lower", 4, "MSAE's code: per row, variance over coordinates; mean"),
+    "cosine_prisma": Measure("cos (Prisma)", "", "higher", 3, "Prisma's code: cosine over tokens, batch by batch"),
+    "cosine_token_axis": Measure("cos (tokens)", "", "higher", 3, "cosine over all tokens, mean over dimensions"),
+    "explained_variance_prisma": Measure("EV (Prisma)", "", "higher", 3, "Prisma's code: mean of ratios, batch mean"),
+    "explained_variance_mean_of_ratios": Measure(
+        "EV (ratios)", "", "higher", 3, "mean over rows of 1 - error / variance"
+    ),
+    "cknna": Measure("CKNNA", "", "higher", 3, "alignment of neighbourhoods of rows and of codes, k = 10"),
+    "cknna_centred": Measure("CKNNA centred", "", "higher", 3, "the same with centred kernels"),
+    "cknna_eq5": Measure("CKNNA Eq.5", "", "higher", 3, "as MSAE prints it: of identical rows it is not 1"),
+    "do_mean_sq": Measure("DO", "", "lower", 5, "mean squared cosine of decoder pairs"),
+    "do_msae_code": Measure("DO (code)", "", "lower", 5, "MSAE's code: squared cosines over all entries, diagonal 0"),
+    "do_mean_signed": Measure("DO signed", "", "", 5, "mean cosine of decoder pairs, as MSAE's text has it"),
+    "do_mean_abs": Measure("DO abs", "", "lower", 4, "mean absolute cosine of decoder pairs"),
+    "do_welch": Measure("Welch", "", "", 5, "the least mean squared cosine that so many directions can have"),
+    "dead_eval": Measure("dead", "latents", "lower", 0, "latents that never fire on the evaluation set"),
+    "dead_eval_1e-7": Measure("rare 1e-7", "latents", "lower", 0, "latents that fire in fewer than 1 of 10^7 rows"),
+    "dead_eval_msae": Measure("rare (code)", "latents", "lower", 0, "latents that fire in fewer than 10^-5.5 of rows"),
+    "dead_train": Measure("dead in training", "latents", "lower", 0, "latents silent for the trainer's last window"),
+    "dead_train_rows": Measure("dead (train)", "latents", "lower", 0, "latents that never fire on training rows"),
+    "lp_kl": Measure("LP KL", "nats", "lower", 7, "KL of a linear probe's answer on x from that on x_hat"),
+    "lp_agreement": Measure("LP same", "", "higher", 3, "share of rows whose probe answer stays"),
+    "lp_accuracy": Measure("LP top-1", "", "", 3, "accuracy of the probe on x"),
+    "recon_lp_accuracy": Measure("recon LP top-1", "", "higher", 3, "accuracy of the probe on x_hat"),
+    "progressive_fvu": Measure("FVU area", "", "lower", 3, "mean over octaves of k of FVU with the k largest latents"),
+    "progressive_cosine": Measure("cos area", "", "higher", 3, "the same of cosine"),
+    "progressive_cosine_normalized": Measure("CS area", "", "higher", 3, "the same of CS"),
+    "progressive_cknna": Measure("CKNNA area", "", "higher", 3, "the same of CKNNA, on a sample of rows"),
+    # how often, how strongly, where
+    "above_1": Measure("fires > 1 %", "", "", 3, "share of latents that fire in more than 1 % of rows"),
+    "above_10": Measure("fires > 10 %", "", "", 3, "share of latents that fire in more than 10 % of rows"),
+    "above_50": Measure("fires > 50 %", "", "", 3, "share of latents that fire in more than half of the rows"),
+    "l0_above_1": Measure("L0 of > 1 %", "", "", 3, "share of what fires that is of latents above 1 %"),
+    "l0_above_10": Measure("L0 of > 10 %", "", "", 3, "share of what fires that is of latents above 10 %"),
+    "l0_above_50": Measure("L0 of > 50 %", "", "", 3, "share of what fires that is of latents above half"),
+    "high_rows": Measure("high rows", "", "", 3, "share of rows with an activation above 15"),
+    "high_pairs": Measure("high pairs", "pairs", "", 0, "(image, latent) pairs with an activation above 15"),
+    "high_latents": Measure("high latents", "latents", "", 0, "latents with an activation above 15 somewhere"),
+    "high_valid_pairs": Measure("valid pairs", "", "", 3, "share of those pairs whose latent is a valid concept"),
+    "high_valid_latents": Measure("valid high", "", "", 3, "share of those latents that are valid concepts"),
+    "high_of_valid": Measure("high of valid", "", "", 3, "share of valid concepts that are among those latents"),
+    "l0_patches": Measure("L0 patches", "latents", "lower", 1, "mean number of active latents of patch tokens"),
+    "l0_cls_share": Measure("CLS / patches", "", "", 2, "L0 of CLS over that of patches"),
+    "l0_centre_border": Measure(
+        "centre - border", "", "", 3, "L0 of the middle less that of the border, over their mean"
+    ),
+    "l0_centre_border_p": Measure("p", "", "", 4, "of that difference, by signs drawn at random"),
+    # of several seeds
+    "stability_decoder": Measure(
+        "stab. dec", "", "higher", 3, "mean cosine of matched decoder directions of two seeds"
+    ),
+    "stability_encoder": Measure("stab. enc", "", "higher", 3, "the same of encoder directions"),
+    "stability_decoder_floor": Measure("floor dec", "", "", 3, "the same of random directions"),
+    "stability_encoder_floor": Measure("floor enc", "", "", 3, "the same of random directions"),
+    "stability_decoder_above_floor": Measure("stab. dec > floor", "", "higher", 3, "(stability - floor) / (1 - floor)"),
+    "stability_encoder_above_floor": Measure("stab. enc > floor", "", "higher", 3, "(stability - floor) / (1 - floor)"),
+    "stability_shared": Measure("shared", "", "higher", 3, "share of latents matched above .7 in both"),
+    **_recovery("image", "pictures"),
+    **_recovery("patch", "patches"),
+    "absorbed": Measure(
+        "absorbed", "", "lower", 3, "the child's latent is on instead of its parent's; mean over pairs"
+    ),
+    "absorption_missed": Measure("missed", "", "lower", 3, "the parent's latent is off in the child's pictures"),
+    "absorption_elsewhere": Measure(
+        "elsewhere", "", "", 3, "the parent's latent is off in the parent's other pictures"
+    ),
 }
 
 # What a table shows, in this order: FVU is 1 - EV and stays in the rows on disk.
@@ -58,4 +154,34 @@ COLUMNS = (
     "ce_recovered_unscaled",
 )
 
-__all__ = ["COLUMNS", "MEASURES", "Measure", "Measured"]
+# Standard deviations over rows, beside their means.
+MEASURES |= {
+    f"{name}_std": Measure(
+        f"{MEASURES[name].title} sd", MEASURES[name].unit, "", MEASURES[name].digits, f"over rows: {name}"
+    )
+    for name in (
+        *("fvu", "cosine", "sparsity", "fvu_msae_loss", "fvu_msae_code", "cosine_normalized", "lp_kl"),
+        "lp_agreement",
+    )
+}
+
+# The same of truth recovery.
+RECOVERY_COLUMNS = (
+    "l0_tokens",
+    "image_f1",
+    "image_recovered_f1_0.5",
+    "image_recovered_f1_0.7",
+    "image_recovered_f1_0.9",
+    "image_auc",
+    "image_recovered_auc_0.9",
+    "patch_f1",
+    "patch_iou",
+    "patch_recovered_f1_0.5",
+    "patch_auc",
+    "patch_recovered_auc_0.9",
+    "image_redundancy",
+    "image_splitting",
+    "absorbed",
+)
+
+__all__ = ["COLUMNS", "MEASURES", "RECOVERY_COLUMNS", "Measure", "Measured"]

@@ -1,13 +1,22 @@
-"""How well x_hat stands for x: fraction of variance unexplained, explained variance, cosine.
+"""Reconstruction: how well x_hat stands for x, as explained variance and as cosine.
 
-    FVU = sum ||x - x_hat||^2 / sum ||x - mean(x)||^2     ratio of sums over all rows of the evaluation set; 0 is
-                                                          perfect, 1 the mean predictor, no upper bound. Unit: none.
-    explained variance = 1 - FVU                          ViSAEBench Eq. 4; equals torchmetrics' variance-weighted R2
-    cosine = mean over rows of <x, x_hat> / ||x|| ||x_hat||, each row on its own (dim=-1)
+    fvu                 sum ||x - x_hat||^2 / sum ||x - mean(x)||^2      over all rows of the evaluation set
+    explained_variance  1 - fvu
+    cosine              mean over rows of <x, x_hat> / ||x|| ||x_hat||, each row on its own (dim=-1)
 
-Definitions (SPEC rows 39, 41): "ratio-of-sums" and "per-row" are vitrail's. What Prisma's code computes, the mean over
-rows of 1 - ||x - x_hat||^2 / ||x - mean||^2, is dominated by rows near the mean; it has its own function here (with
-the evaluation set's mean where Prisma takes the batch's).
+Range. fvu from 0 (perfect) over 1 (the mean predictor) without an upper bound; explained_variance at most 1, cosine in
+-1..1. No unit. Equals torchmetrics' variance-weighted R2.
+
+Moves with. L0 before all: compare at equal L0. Which tokens: a few high-norm tokens can own most of the variance. The
+cosine is lifted by whatever mean the rows share; fvu is not.
+
+Does not show. What the model makes of the error: a small error along the wrong direction can cost more than a large one
+elsewhere (substitution). Nor whether latents mean anything: 64 principal components do well.
+
+Source. ViSAEBench Eq. 4 (FVU); Prisma section 9 and MSAE sections 4.1, 4.2, whose codes compute other things under the
+same names (prisma_reconstruction, msae_reconstruction); SPEC rows 39, 41, 49 to 51.
+
+Tags. "ratio-of-sums", "per-row". The mean stays fixed in the bootstrap.
 """
 
 import numpy as np

@@ -1,12 +1,21 @@
-"""How many latents fire, and which ever do.
+"""L0 and alive latents: how many fire, and which ever do.
 
-    l0_tokens        mean number of active latents per row. A count in 0..d_sae, not a fraction.
+    l0_tokens        mean number of active latents per row
     l0_cls           the same over CLS tokens only
     l0_image_sum     mean over images of the number of active (token, latent) pairs
     l0_image_unique  mean over images of the number of different latents active anywhere in the image
-    alive            share of latents that fire at least once on the evaluation set, in 0..1; depends on its size
+    alive            share of latents that fire at least once on the evaluation set
 
-SPEC rows 40 and 45; what Prisma's documents call "Avg L0", "Avg CLS L0" and, in two meanings, "Avg img L0".
+Range. Counts in 0..d_sae (l0_image_sum: times the number of tokens), no fractions; alive in 0..1.
+
+Moves with. For TopK coders L0 is what was asked for. alive grows with the number of rows looked at.
+
+Does not show. Whether few latents are the right few. MSAE's "L0" is the opposite, the share of zeros: `sparsity`.
+
+Source. Prisma section 9; "Steering CLIP's vision transformer with sparse autoencoders", table 3, whose "Avg img L0" is
+the sum over tokens, while Prisma's later code counts different latents; SPEC rows 40 and 45.
+
+Tags. "count-active", "fired-once-on-eval-set".
 """
 
 import numpy as np

@@ -7,11 +7,19 @@
     accuracy                           top-1, of clean, substituted and zeroed
 
 SPEC rows 42-44. Substitution and zeroing act on the same tokens: those that the coder was trained on (definition
-"trained-tokens"), or all of them ("all-tokens": what Prisma's code does, also for CLS-only coders).
+"trained-tokens"), or all of them ("all-tokens": what Prisma's code does, also for CLS-only coders). A transcoder's
+reconstruction, and its zeros, are put where it writes.
+
+Several points at once: ".../at-once" puts all reconstructions of a crosscoder, made of the clean run; ".../in-turn"
+splices several coders, each reading what those before it left.
+
+Definition "prisma" is what Prisma's code computes: all tokens, cosines at logit scale 1 with raw class names, and 1e-6
+added to CE_zero - CE. It is the `..._unscaled` numbers of a `raw_name_head`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,36 +27,58 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitrail.backbones.base import Backbone
-from vitrail.metrics.heads import Head
+from vitrail.metrics.heads import Head, ZeroShotHead, zero_shot_head
 from vitrail.metrics.measured import Array, Measured, over_images
 
 
 class Rerun:
-    """One batch of images, run once; then the blocks after the hook point again for each replacement there."""
+    """One batch of images, run once; then the blocks after a hook point again for each replacement there.
 
-    def __init__(self, backbone: Backbone, point: str, images: Float[Tensor, "b 3 h w"]) -> None:
-        self.backbone, self.point = backbone, point
+    Of several points, any may be replaced, alone or together; the run starts again at the earliest that is.
+    """
+
+    def __init__(self, backbone: Backbone, points: str | Sequence[str], images: Float[Tensor, "b 3 h w"]) -> None:
+        self.backbone = backbone
+        self.points = (points,) if isinstance(points, str) else tuple(dict.fromkeys(points))
         self._images = images
-        self._start, self._entry = entry(backbone, point)
-        names = [point, "hook_image_embed", *([self._entry] if self._entry else [])]
+        self._entries = {point: entry(backbone, point) for point in self.points}
+        entries = [name for _, name in self._entries.values() if name]
+        names = [*self.points, "hook_image_embed", *entries]
         self.output, self._cache = backbone.run_with_cache(images, list(dict.fromkeys(names)))
 
     @property
     def activation(self) -> Float[Tensor, "b ..."]:
-        return self._cache[self.point]
+        """Of the first point."""
+        return self._cache[self.points[0]]
+
+    @property
+    def activations(self) -> dict[str, Tensor]:
+        return {point: self._cache[point] for point in self.points}
 
     @property
     def embedding(self) -> Float[Tensor, "b d_embed"]:
         return self._cache["hook_image_embed"]
 
     def replaced(self, value: Float[Tensor, "b ..."]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d_embed"]]:
-        """(output, image embedding) of the model with `value` put at the point."""
-        with _embedding_of(self.backbone, self.point, value) as seen:
-            if self._entry is None:
+        """(output, image embedding) of the model with `value` put at the first point."""
+        return self.replaced_at({self.points[0]: value})
+
+    def replaced_at(self, values: Mapping[str, Tensor]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d_embed"]]:
+        """The same with a value for each of some of the points."""
+        return self.edited({point: lambda _, value=value: value for point, value in values.items()})
+
+    def edited(
+        self, edits: Mapping[str, Callable[[Tensor], Tensor]]
+    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d_embed"]]:
+        """The same, each value made of what is there when the run comes by: after the edits of earlier points."""
+        if strangers := [point for point in edits if point not in self._entries]:
+            raise ValueError(f"{strangers[0]} was not named when the images were run: it has no start to run from.")
+        start, name = min((self._entries[point] for point in edits), key=lambda e: -1 if e[1] is None else e[0])
+        with _embedding_of(self.backbone, edits) as seen:
+            if name is None:
                 output = self.backbone(self._images)
             else:
-                tokens = self.backbone.run_blocks(self._cache[self._entry], start=self._start)
-                output = self.backbone.finish(tokens)
+                output = self.backbone.finish(self.backbone.run_blocks(self._cache[name], start=start))
         return output, seen[0]
 
 
@@ -64,19 +94,26 @@ def entry(backbone: Backbone, point: str) -> tuple[int, str | None]:
 
 
 @contextmanager
-def _embedding_of(backbone: Backbone, point: str, value: Tensor) -> Iterator[list[Tensor]]:
+def _embedding_of(backbone: Backbone, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
-
-    def put(x: Tensor, where: object) -> Tensor:
-        return value
 
     def keep(x: Tensor, where: object) -> None:
         seen.append(x)
 
-    hooks: dict[str, list[Callable[..., Tensor | None]]] = {point: [put]}
+    hooks: dict[str, list[Callable[..., Tensor | None]]] = {
+        point: [lambda x, _, edit=edit: edit(x)] for point, edit in edits.items()
+    }
     hooks.setdefault("hook_image_embed", []).append(keep)
     with backbone.hooks(hooks):
         yield seen
+
+
+RAW_NAMES = "zero-shot-raw-names"
+
+
+def raw_name_head(backbone: Backbone, class_names: Sequence[str]) -> ZeroShotHead:
+    """A zero-shot head of the class names alone, without a template: what Prisma's code compares images with."""
+    return replace(zero_shot_head(backbone, class_names, ["{}"]), kind=RAW_NAMES)
 
 
 class PerImage:
@@ -118,32 +155,38 @@ def substitution_metrics(
     substituted: PerImage,
     *,
     definition: str,
+    unscaled_definition: str | None = None,
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, Measured]:
-    """All of this file's numbers from per-image columns; those of a head are left out where there was none."""
+    """All of this file's numbers from per-image columns; those of a head are left out where there was none.
+
+    `unscaled_definition`: of the numbers at logit scale 1, where it is another ("prisma").
+    """
     columns = clean.columns("clean_") | zeroed.columns("zero_") | substituted.columns("recon_")
     columns["n"] = np.ones(len(columns["recon_cosine"]))
 
-    def measure(statistic: Callable[[dict[str, Array]], Array]) -> Measured:
-        return over_images(columns, statistic, definition=definition, n_bootstrap=n_bootstrap, seed=seed)
+    def measure(statistic: Callable[[dict[str, Array]], Array], tag: str = definition) -> Measured:
+        return over_images(columns, statistic, definition=tag, n_bootstrap=n_bootstrap, seed=seed)
 
-    def mean(column: str) -> Measured:
-        return measure(lambda c: c[column] / c["n"])
+    def mean(column: str, tag: str = definition) -> Measured:
+        return measure(lambda c: c[column] / c["n"], tag)
 
     out = {"recon_cosine": mean("recon_cosine")}
-    for ce, suffix in (("ce", ""), ("ce_unscaled", "_unscaled")):
+    for ce, suffix, tag in (("ce", "", definition), ("ce_unscaled", "_unscaled", unscaled_definition or definition)):
         if f"clean_{ce}" not in columns:
             continue
         clean_ce, recon_ce, zero_ce = f"clean_{ce}", f"recon_{ce}", f"zero_{ce}"
-        out[f"ce{suffix}"], out[f"recon_ce{suffix}"] = mean(clean_ce), mean(recon_ce)
-        out[f"zero_ce{suffix}"] = mean(zero_ce)
-        out[f"ce_recovered{suffix}"] = measure(
-            lambda c, names=(clean_ce, recon_ce, zero_ce): (
-                100 * (c[names[2]] - c[names[1]]) / (c[names[2]] - c[names[0]])
-            )
-        )
+        out[f"ce{suffix}"], out[f"recon_ce{suffix}"] = mean(clean_ce, tag), mean(recon_ce, tag)
+        out[f"zero_ce{suffix}"] = mean(zero_ce, tag)
+        recovered = _recovered(clean_ce, recon_ce, zero_ce, epsilon=1e-6 if tag == "prisma" else 0.0)
+        out[f"ce_recovered{suffix}"] = measure(recovered, tag)
     if "clean_right" in columns:
         out["accuracy"], out["recon_accuracy"] = mean("clean_right"), mean("recon_right")
         out["zero_accuracy"] = mean("zero_right")
     return out
+
+
+def _recovered(clean: str, recon: str, zero: str, *, epsilon: float) -> Callable[[dict[str, Array]], Array]:
+    """`epsilon` is added to the difference of the averages."""
+    return lambda c: 100 * (c[zero] - c[recon]) / (c[zero] - c[clean] + (epsilon * c["n"] if epsilon else 0.0))

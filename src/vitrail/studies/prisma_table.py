@@ -1,21 +1,31 @@
-"""Prisma's table: how well a coder stands in for a hook point, every column of SPEC rows 39-45, beside its controls.
+"""Prisma's table: how well a coder stands in for a hook point, every column of SPEC rows 39-47, beside its controls.
 
-All coders at a point are measured on the same images in one pass: the clean and the zero-ablated model run once per
-batch, each coder costs one encode, one decode and the blocks after the point. Controls spend as many active latents per
-row as the coder they stand beside:
+    SAE          at `point`
+    transcoder   read at `point`, measured and put at `target_point`
+    crosscoder   read at `points`, measured and put at all of them at once; then a row for each point alone
+    {point: SAE} a set: a row for each at its own point; then all spliced in together, each reading what those before
+                 it left of the run
+
+All are measured on the same images in one pass: the clean and the zero-ablated model run once per batch, each row costs
+one encode, one decode and the blocks after its first point. A set costs one more encode and decode of each. Controls
+spend as many active latents per row as the coder they stand beside:
 
     random      unit directions drawn at random, one least-squares scale
     pca         the first k principal components of training activations: the best linear code of k numbers
     pca_all     the k largest of all principal coordinates, chosen row by row
     neurons     the k largest of the point's own coordinates
+    kmeans      the k nearest of at most 512 centroids
     untrained   the same architecture and starting weights, its normalisation fitted
+
+Of several points, explained variance is over all their values side by side, in raw units: the point with the largest
+activations rules it. The rows of single points say the rest.
 """
 
 import math
 import time
-from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,21 +35,24 @@ from torch import Tensor
 
 from vitrail.backbones.base import Backbone
 from vitrail.coders.base import SparseCoder
-from vitrail.coders.baselines import controls
-from vitrail.coders.sparse import Codes
+from vitrail.coders.crosscoder import MultiSource
+from vitrail.coders.transcoder import Transcoder
 from vitrail.files import tensors_digest
 from vitrail.images.base import ImageSource
 from vitrail.images.loader import load_batches
 from vitrail.metrics.heads import Head
 from vitrail.metrics.measured import Measured
-from vitrail.metrics.reconstruction import Reconstruction
-from vitrail.metrics.sparsity import Sparsity
-from vitrail.metrics.substitution import PerImage, Rerun, class_columns, image_cosine, substitution_metrics
+from vitrail.metrics.passing import Curve
+from vitrail.metrics.places import Place, place_of
+from vitrail.metrics.substitution import RAW_NAMES, substitution_metrics
 from vitrail.progress import SILENT, Progress
 from vitrail.provenance import peak_memory_mb, provenance
-from vitrail.store.tokens import patch_slice, select_tokens, stored_kind
+from vitrail.studies.prisma_controls import RandomWeights, controls_of
+from vitrail.studies.prisma_pass import Contender, MetricFactory, Sums, Table, Together
 
 SUBSTITUTIONS = ("trained-tokens", "all-tokens")
+Coders = Mapping[str, SparseCoder | Mapping[str, SparseCoder]]
+Sample = Float[Tensor, "n d_row"] | Mapping[str, Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ class Row:
     control_of: str | None
     measured: dict[str, Measured]
     about: dict[str, Any]  # point, tokens, digests, sizes, cost, provenance
+    curves: dict[str, Curve] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -59,126 +73,23 @@ class Row:
             "control_of": self.control_of,
             "measured": {name: value.to_json() for name, value in self.measured.items()},
             **self.about,
+            **({"curves": _finite(self.curves)} if self.curves else {}),
         }
-
-
-class Measurement:
-    """One coder's running sums."""
-
-    def __init__(
-        self, coder: SparseCoder, shift: Tensor, n_tokens: int, cls_token: int | None, at_most: int | None
-    ) -> None:
-        self.coder, self._at_most = coder.eval(), at_most
-        self.reconstruction = Reconstruction(shift)
-        self.sparsity = Sparsity(d_sae=coder.d_sae, n_tokens=n_tokens, cls_token=cls_token)
-        self.substituted = PerImage()
-
-    def encode(self, x: Float[Tensor, "n d_in"]) -> Codes:
-        """The coder's codes; a control's, cut to the number of latents it may spend."""
-        codes = self.coder.encode_sparse(x)
-        return codes if self._at_most is None else codes.top(self._at_most)
-
-    def update(self, x: Float[Tensor, "n t d_in"]) -> Float[Tensor, "n t d_in"]:
-        """The reconstruction of whole images' rows."""
-        codes = self.encode(x.flatten(0, 1))
-        x_hat = self.coder.decode_sparse(codes).reshape(x.shape)
-        self.reconstruction.update(x, x_hat)
-        self.sparsity.update(codes)
-        return x_hat
-
-
-class Table:
-    """The pass over the images."""
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        coders: Mapping[str, SparseCoder],
-        *,
-        at_most: Mapping[str, int | None],
-        point: str,
-        tokens: str,
-        head: Head | None,
-        substitution: str,
-        shift: Float[Tensor, " d_in"],
-    ) -> None:
-        self.backbone, self.point, self.head = backbone, point, head
-        self.tokens = stored_kind(tokens, has_tokens=backbone.point(point).has_tokens)
-        self.whole = substitution == "all-tokens"
-        if self.whole and self.tokens == "pooled":
-            raise ValueError("pooled rows are one per image: there are no other tokens for substitution='all-tokens'.")
-        self.clean, self.zeroed = PerImage(), PerImage()
-        self.coders, self._at_most, self._shift = coders, at_most, shift
-        self.measurements: dict[str, Measurement] = {}
-        self.n_images = 0
-
-    def update(self, images: Float[Tensor, "b 3 h w"], labels: Int[Tensor, " b"] | None) -> None:
-        run = Rerun(self.backbone, self.point, images)
-        self.n_images += len(images)
-        rows = select_tokens(run.activation, self.backbone.grid, self.tokens).float()
-        if not self.measurements:
-            self._begin(rows)
-        if self.head is not None and labels is not None:
-            zeros = self._put(run.activation, torch.zeros_like(rows), None)
-            self.clean.add(class_columns(self.head, run.output, labels))
-            self.zeroed.add(class_columns(self.head, run.replaced(zeros)[0], labels))
-        for measurement in self.measurements.values():
-            value = self._put(run.activation, measurement.update(rows), measurement)
-            output, embedding = run.replaced(value)
-            measurement.substituted.add({"cosine": image_cosine(run.embedding, embedding)})
-            if self.head is not None and labels is not None:
-                measurement.substituted.add(class_columns(self.head, output, labels))
-
-    def _begin(self, rows: Float[Tensor, "n t d_in"]) -> None:
-        for name, coder in self.coders.items():
-            if coder.d_in != rows.shape[2]:
-                raise ValueError(
-                    f"coder {name} takes d_in={coder.d_in}, but {self.point} of {self.backbone.name} is "
-                    f"{rows.shape[2]} wide."
-                )
-        has_cls = self.backbone.grid.n_cls > 0 and self.tokens in ("all", "cls") and rows.shape[1] != 0
-        cls_token = 0 if has_cls and rows.shape[1] in (1, self.backbone.grid.n_tokens) else None
-        self.measurements = {
-            name: Measurement(coder, self._shift, rows.shape[1], cls_token, self._at_most[name])
-            for name, coder in self.coders.items()
-        }
-
-    def _put(self, activation: Tensor, rows: Float[Tensor, "n t d_in"], by: Measurement | None) -> Tensor:
-        """The point's activation with `rows` in place of the measured tokens (or of all of them)."""
-        if activation.ndim == 2:
-            return rows[:, 0].to(activation)
-        grid = self.backbone.grid
-        if self.tokens == "pooled":
-            # A pooled row stands for all patches: moving their mean moves each of them alike.
-            where = patch_slice(grid, activation.shape[1])
-            patches = activation[:, where]
-            moved = activation.clone()
-            moved[:, where] = patches + (rows.to(activation) - patches.mean(1, keepdim=True))
-            return moved
-        if self.whole:
-            return torch.zeros_like(activation) if by is None else everywhere(by, activation)
-        if rows.shape[1] == activation.shape[1]:
-            return rows.to(activation)
-        value = activation.clone()
-        value[:, grid.tokens(self.tokens)] = rows.to(activation)
-        return value
-
-
-def everywhere(by: Measurement, activation: Float[Tensor, "n t d_in"]) -> Float[Tensor, "n t d_in"]:
-    """Every position reconstructed, whatever the coder was trained on."""
-    codes = by.encode(activation.flatten(0, 1).float())
-    return by.coder.decode_sparse(codes).reshape(activation.shape).to(activation)
 
 
 def prisma_table(
     backbone: Backbone,
     images: ImageSource,
-    coders: Mapping[str, SparseCoder],
+    coders: Coders,
     *,
     point: str,
+    target_point: str | None = None,
+    points: Sequence[str] = (),
     tokens: str,
     head: Head | None,
-    control_sample: Float[Tensor, "n d_in"] | None,
+    control_sample: Sample,
+    metrics: Sequence[MetricFactory] = (),
+    random_backbone: str | None = None,
     limit: int | None = None,
     substitution: str = "trained-tokens",
     batch_size: int = 64,
@@ -189,44 +100,55 @@ def prisma_table(
 ) -> list[Row]:
     """A row per coder, each followed by its controls (none if `control_sample` is None).
 
-    `control_sample`: raw training activations, never the evaluation images', on which PCA and the normalisations are
-    fitted. `head=None` leaves the cross-entropies out. `limit` measures a seeded sample of the images.
+    `coders`: SAEs, transcoders (to `target_point`) and crosscoders (of `points`) by name; a set of SAEs is a mapping
+    from points to them. `control_sample`: raw training rows as the coders' `fit` takes them, never the evaluation
+    images', on which PCA and the normalisations are fitted; for a set, and where coders are of several kinds, a mapping
+    from points to rows that are aligned. `head=None` leaves the cross-entropies out. `limit` measures a seeded sample
+    of the images. `metrics`: what is measured beside reconstruction, latents and substitution in the same pass; the
+    rows of sets and of single points of a crosscoder have only these three.
+
+    `random_backbone="encode"` adds, for each coder, the same coder on the activations of the same model with random
+    weights (`RandomWeights`): how much of its numbers comes from any activations of these widths. The stronger control,
+    a coder trained on those activations, is a study's work: extract with `RandomWeights.of(backbone).within(backbone)`,
+    and train.
     """
     if substitution not in SUBSTITUTIONS:
         raise ValueError(f"substitution must be one of {', '.join(SUBSTITUTIONS)}, got {substitution!r}.")
+    if random_backbone not in (None, "encode"):
+        raise ValueError(f"random_backbone must be 'encode' or None, got {random_backbone!r}.")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}.")
-    everyone: dict[str, SparseCoder] = dict(coders)
-    control_of: dict[str, str | None] = dict.fromkeys(coders)
-    at_most: dict[str, int | None] = dict.fromkeys(coders)
-    shift = torch.zeros(next(iter(coders.values())).d_in)
-    if control_sample is not None:
-        control_sample = control_sample.to(next(iter(coders.values())).W_dec)
-        shift = control_sample.double().mean(0)
-        everyone = {}
-        for name, coder in coders.items():
-            everyone[name] = coder
-            k = matched_l0(coder, control_sample)
-            for control, built in controls(coder, control_sample, k=k).items():
-                full_name = f"{name} / {control}"
-                everyone[full_name], control_of[full_name], at_most[full_name] = built, name, k
-    table = Table(
-        backbone,
-        everyone,
-        at_most=at_most,
-        point=point,
-        tokens=tokens,
-        head=head,
-        substitution=substitution,
-        shift=shift,
-    )
+    positions = list(range(len(images)))
+    if limit is not None and limit < len(positions):
+        positions = sorted(np.random.default_rng(seed).permutation(len(positions))[:limit].tolist())
+    where = {"point": point, "target_point": target_point, "points": points}
+    contenders, fit_seconds = contenders_of(coders, where, control_sample)
+    options = {"tokens": tokens, "head": head, "substitution": substitution, "n_images": len(positions), "seed": seed}
+    table = Table(backbone, contenders, metrics=metrics, **options)
+    digest = backbone.digest  # before the weights change places
+    tables: list[tuple[Table, RandomWeights | None]] = [(table, None)]
+    if random_backbone is not None:
+        again = {
+            f"{name} / random backbone": Contender(
+                one.coder,
+                one.place,
+                control_of=name,
+                shift=one.shift,
+                given_as=one.given_as,
+                in_set=one.in_set,
+                control="random backbone",
+            )
+            for name, one in contenders.items()
+            if one.control_of is None
+        }
+        random_weights = RandomWeights.of(backbone, seed=seed)
+        tables.append((Table(backbone, again, metrics=metrics, **options), random_weights))
     began = time.monotonic()
-    n_skipped = run_images(table, images, limit, batch_size, n_workers, seed, progress)
+    n_skipped = run_images(tables, images, positions, batch_size, n_workers, progress)
     about = {
-        "point": point,
         "tokens": table.tokens,
         "backbone": backbone.name,
-        "backbone_digest": backbone.digest,
+        "backbone_digest": digest,
         "images": images.spec,
         "images_fingerprint": images.fingerprint(),
         "n_images": table.n_images,
@@ -235,27 +157,70 @@ def prisma_table(
         "seed": seed,
         "cost": {
             "seconds": round(time.monotonic() - began, 3),
-            "rows_in_table": len(everyone),
+            "rows_in_table": sum(len(one.measurements) + len(one.sets) for one, _ in tables),
             "peak_memory_mb": round(peak_memory_mb()),
+            **({"control_fit_seconds": fit_seconds} if fit_seconds else {}),
         },
         "provenance": provenance(),
     }
-    return [
-        Row(
-            name=name,
-            architecture=measurement.coder.name,
-            control_of=control_of[name],
-            measured=finish(table, measurement, substitution, n_bootstrap, seed),
-            about={
-                "d_in": measurement.coder.d_in,
-                "d_sae": measurement.coder.d_sae,
-                "config": measurement.coder.config,
-                "coder_digest": tensors_digest(measurement.coder.state_dict()),
-                **about,
-            },
+    rows = [
+        row
+        for one, weights in tables
+        for row in rows_of(
+            one,
+            about if weights is None else {**about, "random_backbone": weights.to_json()},
+            n_bootstrap=n_bootstrap,
+            seed=seed,
         )
-        for name, measurement in table.measurements.items()
     ]
+    return in_order(rows, list(coders))
+
+
+def contenders_of(
+    coders: Coders, where: Mapping[str, Any], control_sample: Sample
+) -> tuple[dict[str, Contender], dict[str, dict[str, float]]]:
+    """Every coder with its controls after it, and the seconds that fitting these took."""
+    found: dict[str, Contender] = {}
+    seconds: dict[str, dict[str, float]] = {}
+    for name, given in coders.items():
+        if isinstance(given, SparseCoder):
+            alone = {name: (given, place_of(given, name=name, **where))}
+        else:
+            if any(isinstance(coder, Transcoder | MultiSource) for coder in given.values()):
+                raise ValueError(f"{name} is a set of coders to be put in together: SAEs, each at its own point.")
+            alone = {f"{name} @ {at}": (coder, place_of(coder, point=at, name=name)) for at, coder in given.items()}
+            if len(alone) < 2:
+                raise ValueError(f"{name} is a set of {len(alone)} coders; give two points or more.")
+        told: dict[str, Any] = {"given_as": name, "in_set": not isinstance(given, SparseCoder)}
+        for of, (coder, place) in alone.items():
+            sample = sample_of(coder, place, control_sample)
+            if sample is None:
+                found[of] = Contender(coder, place, **told)
+                continue
+            told["shift"] = sample.double().mean(0)[-coder.d_out :]
+            found[of] = Contender(coder, place, **told)
+            k = matched_l0(coder, sample[:, : coder.d_in])
+            built, seconds[of] = controls_of(coder, sample, k=k)
+            for control, beside in built.items():
+                found[f"{of} / {control}"] = Contender(beside, place, control_of=of, at_most=k, control=control, **told)
+    return found, seconds
+
+
+def sample_of(coder: SparseCoder, place: Place, sample: Sample) -> Float[Tensor, "n d_row"] | None:
+    """The rows of `sample` as this coder's `fit` takes them."""
+    if sample is None:
+        return None
+    if not isinstance(sample, Tensor):
+        points = place.reads if place.reads == place.writes else (*place.reads, *place.writes)
+        if missing := [point for point in points if point not in sample]:
+            raise ValueError(f"control_sample has no rows of {missing[0]}; it has those of {', '.join(sample)}.")
+        sample = torch.cat([sample[point] for point in points], 1)
+    if sample.shape[1] != coder.d_row:
+        raise ValueError(
+            f"control_sample has rows of {sample.shape[1]} values; a {coder.name} coder of {', '.join(place.reads)} "
+            f"needs {coder.d_row}. Where coders differ, give a mapping from points to aligned rows."
+        )
+    return sample.to(coder.W_dec)
 
 
 @torch.inference_mode()
@@ -265,18 +230,15 @@ def matched_l0(coder: SparseCoder, sample: Float[Tensor, "n d_in"]) -> int:
 
 
 def run_images(
-    table: Table,
+    tables: Sequence[tuple[Table, RandomWeights | None]],
     images: ImageSource,
-    limit: int | None,
+    positions: Sequence[int],
     batch_size: int,
     n_workers: int,
-    seed: int,
     progress: Progress,
 ) -> int:
     """Feed the images through; how many could not be read. Raises ValueError if there are no usable labels."""
-    positions = list(range(len(images)))
-    if limit is not None and limit < len(positions):
-        positions = sorted(np.random.default_rng(seed).permutation(len(positions))[:limit].tolist())
+    table = tables[0][0]
     device = next(table.backbone.parameters()).device
     n_skipped = 0
     batches = load_batches(images, positions, table.backbone.preprocess, batch_size=batch_size, n_workers=n_workers)
@@ -285,14 +247,19 @@ def run_images(
             n_skipped += len(batch.skipped)
             if batch.positions:
                 labels = None if table.head is None else labels_of(images, batch.positions, table.head)
-                table.update(batch.images.to(device), labels)
+                pixels = batch.images.to(device)
+                for one, weights in tables:
+                    with ExitStack() as stack:
+                        if weights is not None:
+                            stack.enter_context(weights.within(one.backbone))
+                        one.update(pixels, labels, batch.positions)
             task.advance(len(batch.positions) + len(batch.skipped))
     if table.n_images == 0:
         raise ValueError(f"none of the {len(positions)} images of {images.spec} could be read.")
     return n_skipped
 
 
-def labels_of(images: ImageSource, positions: list[int], head: Head) -> Int[Tensor, " b"]:
+def labels_of(images: ImageSource, positions: Sequence[int], head: Head) -> Int[Tensor, " b"]:
     labels = [images.record(position).label for position in positions]
     for position, label in zip(positions, labels, strict=True):
         if label is None:
@@ -307,17 +274,94 @@ def labels_of(images: ImageSource, positions: list[int], head: Head) -> Int[Tens
     return torch.tensor(labels, dtype=torch.long)
 
 
-def finish(
-    table: Table, measurement: Measurement, substitution: str, n_bootstrap: int, seed: int
-) -> dict[str, Measured]:
-    measured = measurement.reconstruction.compute(n_bootstrap=n_bootstrap, seed=seed)
-    measured |= measurement.sparsity.compute(n_bootstrap=n_bootstrap, seed=seed)
-    measured |= substitution_metrics(
-        table.clean,
-        table.zeroed,
-        measurement.substituted,
-        definition=substitution,
-        n_bootstrap=n_bootstrap,
-        seed=seed,
-    )
-    return measured
+def rows_of(table: Table, about: dict[str, Any], *, n_bootstrap: int, seed: int) -> list[tuple[str, Row]]:
+    """Each with the name under which its coder was given."""
+    rows: list[tuple[str, Row]] = []
+
+    def finish(
+        name: str,
+        contender: Contender,
+        control_of: str | None,
+        sums: Sums,
+        of: dict[str, Any],
+        also: dict[str, Measured],
+    ) -> dict[str, Measured]:
+        """`also`: numbers of the whole coder, for a row of one of its points."""
+        measured, curves = sums.compute(n_bootstrap=n_bootstrap, seed=seed)
+        measured |= also
+        measured |= substitution_metrics(
+            table.clean,
+            table.zeroed[sums.place.writes],
+            sums.substituted,
+            definition=sums.definition,
+            unscaled_definition=prisma_definition(table, sums),
+            n_bootstrap=n_bootstrap,
+            seed=seed,
+        )
+        cost = {**about["cost"], "metrics": {key: round(value, 4) for key, value in sums.seconds.items()}}
+        told = {key: value for key, value in of.items() if key != "architecture"}
+        told |= {**sums.place.to_json(), **about, "cost": cost}
+        rows.append((contender.given_as, Row(name, of["architecture"], control_of, measured, told, curves)))
+        return measured
+
+    for name, measurement in table.measurements.items():
+        of, contender = about_coder(measurement.coder), table.contenders[name]
+        measured = finish(name, contender, contender.control_of, measurement.sums, of, {})
+        latents = {key: value for key, value in measured.items() if key.startswith("l0_") or key == "alive"}
+        for point, (_, sums) in measurement.parts.items():
+            beside = contender.control_of and f"{contender.control_of} @ {point}"
+            at_point = f"{name} @ {point}" if beside is None else f"{beside} / {contender.control}"
+            finish(at_point, contender, beside, sums, of, latents)
+    for name, together in table.sets.items():
+        beside = None if together.first.control is None else together.first.given_as
+        finish(name, together.first, beside, together.sums, about_set(together), {})
+    return rows
+
+
+def about_coder(coder: SparseCoder) -> dict[str, Any]:
+    return {
+        "architecture": coder.name,
+        "d_in": coder.d_in,
+        "d_sae": coder.d_sae,
+        "config": coder.config,
+        "coder_digest": tensors_digest(coder.state_dict()),
+    }
+
+
+def about_set(together: Together) -> dict[str, Any]:
+    coders = {point: member.coder for point, member in together.members.items()}
+    names = sorted({coder.name for coder in coders.values()})
+    state = {f"{point}/{key}": value for point, coder in coders.items() for key, value in coder.state_dict().items()}
+    return {
+        "architecture": names[0] if len(names) == 1 else "several",
+        "d_in": sum(coder.d_in for coder in coders.values()),
+        "d_sae": sum(coder.d_sae for coder in coders.values()),
+        "config": {point: coder.config for point, coder in coders.items()},
+        "coder_digest": tensors_digest(state),
+    }
+
+
+def prisma_definition(table: Table, sums: Sums) -> str | None:
+    """ "prisma" where the unscaled numbers are Prisma's: raw class names, one point, every token replaced."""
+    every = table.put_tokens.kind == "all"
+    raw = table.head is not None and table.head.kind == RAW_NAMES
+    return "prisma" if every and raw and len(sums.place.writes) == 1 else None
+
+
+def in_order(rows: Sequence[tuple[str, Row]], given: Sequence[str]) -> list[Row]:
+    """As given, what stands for all points before single points, each coder followed by its controls."""
+    found = []
+    for name in given:
+        own = [row for given_as, row in rows if given_as == name]
+        coders = sorted((row for row in own if row.control_of is None), key=lambda row: row.name != name)
+        found += [one for coder in coders for one in (coder, *(row for row in own if row.control_of == coder.name))]
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as None: they are no JSON."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,44 @@
+"""vitrail table"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from vitrail.files import replacing
+from vitrail.studies.first_look import read_rows
+from vitrail.studies.paper_tables import paper_table
+
+
+def run(arguments: Sequence[str]) -> None:
+    tyro.cli(table_verb, args=arguments, prog="vitrail table", config=(tyro.conf.PositionalRequiredArgs,))
+
+
+def table_verb(
+    layout: Literal["prisma", "prisma-published", "msae", "msae-published"],
+    rows: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    form: Literal["markdown", "latex", "html", "csv"] = "markdown",
+    controls: bool = True,
+    intervals: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Rows of `vitrail eval` in a paper's layout.
+
+    Args:
+        layout: the paper; "-published" has its own definitions where they differ from vitrail's (docs/metrics.md)
+        rows: eval.jsonl files, or run folders that hold one
+        controls: with the controls under each coder
+        intervals: with 95 % intervals (a CSV always has them)
+        out: a file; default, the screen
+    """
+    if not rows:
+        raise ValueError("name at least one eval.jsonl, or a run folder that holds one.")
+    found = [row for path in rows for row in read_rows(path / "eval.jsonl" if path.is_dir() else path)]
+    text = paper_table(found, layout, form=form, controls=controls, intervals=intervals)
+    if out is None:
+        print(text, end="")
+        return
+    with replacing(out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(out)

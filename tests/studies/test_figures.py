@@ -1,0 +1,59 @@
+"""Figures: each as vector and PNG, with the numbers that it shows beside it."""
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitrail.studies.figures import FIGURES, figures
+
+
+def row(name, control_of=None):
+    bins = [{"log10_low": -1.0 + i / 10, "log10_high": -0.9 + i / 10, "count": i, "share": i / 10} for i in range(5)]
+    cells = [
+        {"token": i, "kind": "patch", "row": i // 2, "column": i % 2, "mean": float(i), "minimum": 0, "low": 0, "q1": 1,
+         "median": 2, "q3": 3, "high": 4, "maximum": 5}
+        for i in range(4)
+    ]  # fmt: skip
+    cls = {**cells[0], "kind": "cls", "row": None, "column": None}
+    value = {"definition": "d", "n": 3}
+    return {
+        "name": name,
+        "control_of": control_of,
+        "measured": {
+            "l0_tokens": {"value": 8.0, **value},
+            "explained_variance": {"value": 0.5, **value},
+            "cknna": {"value": None, **value},
+        },
+        "curves": {
+            "progressive": [{"k": k, "fvu": 1 / k, "cosine_normalized": 1 - 1 / k, "l0": k} for k in (1, 2, 4)],
+            "activation_histogram": bins,
+            "maximum_histogram": bins,
+            "firing_histogram": [{"log10_low": None, "log10_high": None, "latents": 2, "share": 0.2}, *bins],
+            "l0_positions": [cls, *cells],
+            "l0_map": [{key: cell[key] for key in ("row", "column", "mean")} for cell in cells],
+        },
+    }
+
+
+def test_every_figure_is_drawn_with_its_numbers(tmp_path):
+    pytest.importorskip("matplotlib")
+    paths = figures([row("a"), row("a / pca", "a"), row("b")], tmp_path)
+    assert {path.stem for path in paths} == set(FIGURES)
+    assert {path.suffix for path in paths} == {".svg", ".png"}
+    for name in FIGURES:
+        assert np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")).std() > 5, "something is drawn"
+        assert (tmp_path / f"{name}.svg").read_text().startswith("<?xml")
+    with (tmp_path / "progressive.csv").open() as stream:
+        numbers = list(csv.DictReader(stream))
+    assert len(numbers) == 9
+    assert (numbers[1]["name"], float(numbers[1]["k"]), float(numbers[1]["fvu"])) == ("a", 2, 0.5)
+    with (tmp_path / "l0_map.csv").open() as stream:
+        assert [float(one["mean"]) for one in csv.DictReader(stream)] == [0, 1, 2, 3] * 2, "coders, no controls"
+
+
+def test_rows_without_curves_are_a_sentence(tmp_path):
+    bare = {"name": "a", "control_of": None, "measured": {"l0_tokens": {"value": 1.0}}}
+    with pytest.raises(ValueError, match="have no curves to draw"):
+        figures([bare], tmp_path)
