@@ -76,6 +76,16 @@ def pull(address: str, *, cache: Path | str | None = None) -> Path:
     return folder
 
 
+def download_folder(address: str, names: Sequence[str], *, cache: Path | str | None = None) -> Path:
+    """The folder on this machine that holds the files `names` of an address. FileNotFoundError names a missing one."""
+    where = parse(address)
+    folder = where if isinstance(where, Path) else _download(where, None if cache is None else Path(cache), names)
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{address} holds no {name}.")
+    return folder
+
+
 def parse(address: str) -> HubAddress | Path:
     """Raises ValueError for anything but the two forms."""
     if address.startswith("file:") and address != "file:":
@@ -241,14 +251,14 @@ def _upload(ready: Path, where: HubAddress, private: bool) -> None:
         )
 
 
-def _download(where: HubAddress, cache: Path | None) -> Path:
+def _download(where: HubAddress, cache: Path | None, names: Sequence[str] = (CODER, WEIGHTS, CARD)) -> Path:
     hub, prefix = _huggingface_hub(), f"{where.subfolder}/" if where.subfolder else ""
     with _told(where):
         snapshot = hub.snapshot_download(
             where.repo,
             revision=where.revision,
             cache_dir=cache,
-            allow_patterns=[prefix + name for name in (CODER, WEIGHTS, CARD)],
+            allow_patterns=[prefix + name for name in names],
         )
     return Path(snapshot) / (where.subfolder or "")
 

@@ -32,10 +32,22 @@ def randomised(module: nn.Module) -> Any:
     return module
 
 
-def _toy(stem: str = "conv") -> Case:
-    shape = dict(image_px=32, patch_px=8, d_model=24, n_layers=3, n_heads=2, d_mlp=40, n_classes=5)
-    model = randomised(backbones.toy.ToyViT(**shape, stem=stem))
-    return Case(backbones.toy.wrap(model, name="toy/random"), model)
+_TOY = {"image_px": 32, "patch_px": 8, "d_model": 24, "n_layers": 3, "n_heads": 2, "d_mlp": 40}
+
+
+def _toy(**changed: Any) -> Callable[[], Case]:
+    def build() -> Case:
+        model = randomised(backbones.toy.ToyViT(**{**_TOY, "n_classes": 5, **changed}))
+        return Case(backbones.toy.wrap(model, name="toy/random"), model)
+
+    return build
+
+
+def _toy_clip() -> Case:
+    words = ["a", "cat", "dog", "of", "photo", "red"]
+    text = {"context_length": 8, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_mlp": 24}
+    model = randomised(backbones.toy_clip.ToyCLIP(words=words, vision=_TOY, text=text, d_embed=20))
+    return Case(backbones.toy_clip.wrap(model, name="toy/random-clip"), model.encode_image)
 
 
 def _timm(**changed: Any) -> Callable[[], Case]:
@@ -161,8 +173,10 @@ def _pooled(output: Any) -> Tensor:
 
 
 CASES: dict[str, Callable[[], Case]] = {
-    "toy": _toy,
-    "toy-patch": lambda: _toy("patch"),
+    "toy": _toy(),
+    "toy-patch": _toy(stem="patch"),
+    "toy-attention-only": _toy(d_mlp=0),
+    "toy-clip": _toy_clip,
     "timm-vit": _timm(),
     "timm-features": _timm(num_classes=0),
     "timm-not-square": _timm(img_size=(32, 48)),

@@ -75,7 +75,7 @@ def test_unknown_names_say_the_known_ones():
         load("tim/vit_base_patch16_224")
     with pytest.raises(KeyError, match=r"LIBRARY/MODEL"):
         load("timm")
-    with pytest.raises(KeyError, match=r"no toy model 'nothing'"):
+    with pytest.raises(KeyError, match=r"no weights of a toy 'nothing'"):
         load("toy/nothing")
     with pytest.raises(KeyError, match=r"Nearest: .*deit_tiny_patch16_224"):
         load("timm/deit_tiny_patch16_22")

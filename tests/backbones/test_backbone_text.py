@@ -81,3 +81,32 @@ def test_no_tokenizer_is_a_sentence():
 def test_image_only_models_have_no_text():
     for name in ("toy", "timm-vit", "hf-clip-projected"):
         assert build_case(name).backbone.text is None
+
+
+def test_a_toy_clip_reads_words_of_its_own():
+    backbone = build_case("toy-clip").backbone
+    assert backbone.text is not None
+    rows = backbone.text.encode(["a photo of a red cat.", "dog", "A  Dog!"])
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(3))
+    assert rows.shape == (3, backbone.d_embed)
+    # Words a, cat, dog, of, photo, red are 3 ... 8, after padding 0, start 1 and end 2.
+    ids = backbone.module.tokenizer(["a red dog", "Dog."])
+    assert ids.tolist() == [[1, 3, 8, 5, 2, 0, 0, 0], [1, 5, 2, 0, 0, 0, 0, 0]]
+    # A text's row does not move with the texts beside it, nor with the padding they bring.
+    torch.testing.assert_close(backbone.text.encode(["dog"])[0], rows[1])
+    assert not torch.allclose(rows[1], rows[2])
+    with pytest.raises(ValueError, match=r"knows 6 words, and 'rat' is none of them\. Nearest: cat"):
+        backbone.text.encode(["a rat"])
+    with pytest.raises(ValueError, match="a text may have 6 words, got 7"):
+        backbone.text.encode(["a a a a a a a"])
+
+
+def test_the_text_tower_of_a_toy_reads_forward_only():
+    """A token sees itself and what is before it: the end token sees all, the first words nothing of the last."""
+    text = build_case("toy-clip").backbone.module.text
+    ids = torch.tensor([[1, 3, 8, 5, 2], [1, 3, 8, 4, 2]])
+    x = text.token_embed(ids) + text.pos_embed[:5]
+    for block in text.blocks:
+        x = block(x)
+    assert torch.equal(x[0, :3], x[1, :3])
+    assert not torch.allclose(x[0, 4], x[1, 4])

@@ -102,7 +102,7 @@ def test_mistakes_get_a_sentence(run, capsys, tmp_path):
     assert "no hook point 'blocks.1.resid_post'" in fail(
         capsys, *extract, WORLD, s, "--backbone", "toy/shapes", "--points", "blocks.1.resid_post"
     )
-    assert "no toy model 'shape'. Known: shapes" in fail(capsys, *extract, WORLD, s, "--backbone", "toy/shape", *at)
+    assert "no weights of a toy 'shape'" in fail(capsys, *extract, WORLD, s, "--backbone", "toy/shape", *at)
     assert "LIBRARY/MODEL" in fail(capsys, *extract, WORLD, s, "--backbone", "resnet50", *at)
     (tmp_path / "empty").mkdir()
     assert "empty" in fail(capsys, *extract, tmp_path / "empty", s, "--backbone", "toy/shapes", *at)

@@ -15,7 +15,7 @@ FROZEN = {
     "waterbirds": "21db738c327ac000b73e84dfe493911d4a9dc11a3c59ee31b8d8bf22192765cb",
     "colours": "90725981070ba0e66718c529fe9ef2e028942b6fa64289506d2e7a5c8cf1e932",
     "typographic": "07d93e4ee297020e7f35275e22600121b38e66f1ac593c7dc966548105481efb",
-    "exposed": "e8e359daaf66b9fab1d59b0e6be86bc67ee6c8439e08fe82a35d9be5e6f71b88",
+    "exposed": "148f5dafd597df61c30905dfe10d063747bde793ea408e01beeaf805159adf6f",
     "typographic-mixed": "5fb150c8f90083dc14390bfcd4313a48a16d6ed46bd4018eb3620616b8d2ac30",
     "typographic-attack": "6ec34c418234e2e9e831d3240ba25cdf0b675214a6519afd1f3e1d82b5f42466",
     "typographic-unseen": "c960ea739994ef44c9fb5ce912c954de9927859323c1fdc2e53c1cbdee2087cf",

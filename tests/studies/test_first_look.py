@@ -67,7 +67,7 @@ def test_every_stage_leaves_what_it_promised(run):
     out, rows = run
     assert {p.name for p in out.iterdir()} == {"store", "coders", "codes", "index", "eval.jsonl", "report.html"}
     assert [row["name"] for row in rows if row["control_of"] is None] == ["topk", "batch"]
-    assert len(rows) == 12
+    assert len(rows) == 14
 
 
 def test_the_page_is_whole_and_self_contained(run):

@@ -3,7 +3,7 @@
     backbone = load("timm/deit_tiny_patch16_224", weights="deit_tiny.safetensors")
     backbone = load("open_clip/ViT-B-32@openai")
     backbone = load("hf/facebook/dinov2-small")        or a folder: load("hf/./my-model")
-    backbone = load("toy/shapes")
+    backbone = load("toy/clip")
 
 A model that is already built: `vitrail.backbones.timm.wrap(model, name=...)`, and likewise in the other adapters.
 """
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from vitrail.backbones import huggingface, open_clip, timm, toy
+from vitrail.backbones import huggingface, open_clip, timm, toys
 from vitrail.backbones.base import Backbone, HookFn, Hooks
 from vitrail.backbones.grid import Grid
 from vitrail.backbones.points import Point
 from vitrail.backbones.preprocess import Preprocess
 from vitrail.backbones.text import TextTower, class_embeddings
 
-BACKBONES = {"timm": timm.load, "open_clip": open_clip.load, "hf": huggingface.load, "toy": toy.load}
+BACKBONES = {"timm": timm.load, "open_clip": open_clip.load, "hf": huggingface.load, "toy": toys.load}
 
 __all__ = [
     "BACKBONES",

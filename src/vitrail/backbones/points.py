@@ -6,7 +6,7 @@ blocks.{l}.hook_resid_pre       what enters block l                             
 blocks.{l}.hook_attn_out        what attention adds to the residual stream, after LayerScale
 blocks.{l}.hook_resid_mid       the stream between attention and MLP
 blocks.{l}.hook_mlp_out         what the MLP adds, after LayerScale
-blocks.{l}.hook_resid_post      what leaves block l
+blocks.{l}.hook_resid_post      what leaves block l; blocks of attention alone have no resid_mid and no mlp_out
 ln_final.hook_normalized        output of the final norm; (b, d) in models that pool first
 hook_image_embed                the pooled representation handed to the head           (b, d_embed)
 """
@@ -44,14 +44,12 @@ def block_sites(block: nn.Module, *, post_norm: bool = False) -> dict[str, Site]
 
     `post_norm`: the norms follow attention and MLP, so the MLP itself is what reads the stream.
     """
-    mlp_reader = _first(block, ("mlp",) if post_norm else _MLP_NORM)
-    return {
-        "hook_resid_pre": Site(block, "input"),
-        "hook_attn_out": Site(_first(block, _ATTN_OUT), "output"),
-        "hook_resid_mid": Site(mlp_reader, "input", in_place=True),
-        "hook_mlp_out": Site(_first(block, _MLP_OUT), "output"),
-        "hook_resid_post": Site(block, "output"),
-    }
+    sites = {"hook_resid_pre": Site(block, "input"), "hook_attn_out": Site(_first(block, _ATTN_OUT), "output")}
+    if getattr(block, "mlp", block) is not None:
+        mlp_reader = _first(block, ("mlp",) if post_norm else _MLP_NORM)
+        sites["hook_resid_mid"] = Site(mlp_reader, "input", in_place=True)
+        sites["hook_mlp_out"] = Site(_first(block, _MLP_OUT), "output")
+    return sites | {"hook_resid_post": Site(block, "output")}
 
 
 def unknown_point(backbone: str, asked: str, known: Iterable[str]) -> KeyError:

@@ -1,53 +1,53 @@
-"""The project's own small vision transformer: pre-norm, CLS token, learned positions."""
+"""The project's own small vision transformer: pre-norm, CLS token, learned positions; blocks with an MLP or without."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.backbones.base import Backbone, Parts
-from vitrail.backbones.checkpoints import load_exactly, read_weights
 from vitrail.backbones.preprocess import HALF, Preprocess
-from vitrail.files import read_json
 from vitrail.hooks import Site
-
-WEIGHTS = Path(__file__).with_name("weights")
 
 
 class ToyAttention(nn.Module):
-    def __init__(self, *, d_model: int, n_heads: int) -> None:
+    """`causal`: a token sees itself and what lies before it, as in a text tower."""
+
+    def __init__(self, *, d_model: int, n_heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.n_heads = n_heads
+        self.n_heads, self.causal = n_heads, causal
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.proj = nn.Linear(d_model, d_model)
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         b, t, d = x.shape
         q, k, v = self.qkv(x).reshape(b, t, 3, self.n_heads, d // self.n_heads).permute(2, 0, 3, 1, 4)
-        z = nn.functional.scaled_dot_product_attention(q, k, v)
+        z = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.proj(z.transpose(1, 2).reshape(b, t, d))
 
 
 class ToyBlock(nn.Module):
-    def __init__(self, *, d_model: int, n_heads: int, d_mlp: int) -> None:
+    """Attention, then an MLP; with d_mlp=0 attention alone."""
+
+    def __init__(self, *, d_model: int, n_heads: int, d_mlp: int, causal: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(d_model)
-        self.attn = ToyAttention(d_model=d_model, n_heads=n_heads)
-        self.norm2 = nn.LayerNorm(d_model)
-        self.mlp = nn.Sequential(nn.Linear(d_model, d_mlp), nn.GELU(), nn.Linear(d_mlp, d_model))
+        self.attn = ToyAttention(d_model=d_model, n_heads=n_heads, causal=causal)
+        self.norm2 = nn.LayerNorm(d_model) if d_mlp else None
+        self.mlp = nn.Sequential(nn.Linear(d_model, d_mlp), nn.GELU(), nn.Linear(d_mlp, d_model)) if d_mlp else None
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        return x if self.mlp is None or self.norm2 is None else x + self.mlp(self.norm2(x))
 
 
 class ToyStem(nn.Sequential):
-    """Patches by a few strided 3 x 3 convolutions instead of one large one: (b, 3, h, w) -> (b, d_model, h/p, w/p).
+    """Patches by a few strided convolutions instead of one large one: (b, 3, h, w) -> (b, d_model, h/p, w/p).
 
-    Xiao et al. 2021, arXiv:2106.14881: a ViT then learns from far fewer pictures. A patch token sees its patch and
-    patch_px - 1 pixels above and to the left of it: its field of view is centred on the patch's upper left corner.
+    Xiao et al. 2021, arXiv:2106.14881: a ViT then learns from far fewer pictures. Kernels are 4 x 4 and not their
+    3 x 3: at a stride of 2 an odd kernel looks half a pixel up and left, which adds up to half a patch. So a patch
+    token's view is centred on its patch, and patch_px - 1 pixels wider on every side.
     """
 
     def __init__(self, *, d_model: int, patch_px: int) -> None:
@@ -57,14 +57,17 @@ class ToyStem(nn.Sequential):
         widths = [3, *(max(8, d_model >> (halvings - i)) for i in range(1, halvings + 1))]
         layers: list[nn.Module] = []
         for i in range(halvings):
-            layers.append(nn.Conv2d(widths[i], widths[i + 1], 3, stride=2, padding=1))
+            layers.append(nn.Conv2d(widths[i], widths[i + 1], 4, stride=2, padding=1))
             if i < halvings - 1:
                 layers += [nn.BatchNorm2d(widths[i + 1]), nn.GELU()]
         super().__init__(*layers)
 
 
 class ToyViT(nn.Module):
-    """images (b, 3, image_px, image_px) -> class logits (b, n_classes), read from the CLS token."""
+    """images (b, 3, image_px, image_px) -> class logits (b, n_classes), read from the CLS token.
+
+    n_classes=0: the CLS token itself, (b, d_model). d_mlp=0: attention only.
+    """
 
     def __init__(
         self,
@@ -102,7 +105,7 @@ class ToyViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + (image_px // patch_px) ** 2, d_model) * 0.02)
         self.blocks = nn.ModuleList(ToyBlock(d_model=d_model, n_heads=n_heads, d_mlp=d_mlp) for _ in range(n_layers))
         self.norm = nn.LayerNorm(d_model)
-        self.head = nn.Linear(d_model, n_classes)
+        self.head = nn.Linear(d_model, n_classes) if n_classes else nn.Identity()
 
     def embed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b t d"]:
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)
@@ -141,33 +144,3 @@ def wrap(
         has_head=True,
         class_names=class_names,
     )
-
-
-def load(
-    name: str,
-    *,
-    weights: Path | None = None,
-    pretrained: bool | str | None = None,
-    image_px: int | tuple[int, int] | None = None,
-    allow_pickle: bool = False,
-) -> Backbone:
-    """ "shapes": the weights that ship with vitrail, or `weights`, a safetensors file with its JSON beside it.
-
-    The JSON holds "model" (the arguments of ToyViT), "class_names", and "mean" and "std" of the input.
-    `pretrained=False` gives random weights.
-    """
-    if isinstance(pretrained, str):
-        raise ValueError(f"a toy model has one set of weights: pretrained must be True or False, got {pretrained!r}.")
-    path = weights or WEIGHTS / f"{name}.safetensors"
-    if weights is None and not path.is_file():
-        known = sorted(found.stem for found in WEIGHTS.glob("*.safetensors"))
-        raise KeyError(f"there is no toy model {name!r}. Known: {', '.join(known) or 'none'}.")
-    about = read_json(path.with_suffix(".json"), "description of a toy model")
-    model = ToyViT(**about["model"])
-    own_px = model.config["image_px"]
-    if image_px not in (None, own_px, (own_px, own_px)):
-        raise ValueError(f"toy/{name} takes images of {own_px} pixels and has no positions for others, got {image_px}.")
-    if pretrained is not False:
-        load_exactly(model, read_weights(path, allow_pickle=allow_pickle), what=f"toy/{name}")
-    preprocess = Preprocess.of((own_px, own_px), mean=tuple(about.get("mean", HALF)), std=tuple(about.get("std", HALF)))
-    return wrap(model, name=f"toy/{name}", class_names=about.get("class_names", ()), preprocess=preprocess)

@@ -175,6 +175,10 @@ class Firing:
     def d_sae(self) -> int:
         return self.images.d_sae
 
+    def frequency_order(self) -> Int[np.ndarray, " d_sae"]:
+        """Latents by the number of pictures they fire in, the rarest first."""
+        return np.argsort(self.images.fired().numpy(), kind="stable")
+
     def select(self, images: Int[np.ndarray, " m"]) -> "Firing":
         """These pictures, in this order."""
         patches = self.patches
@@ -226,18 +230,21 @@ def displaced(truth: Truth, rows: int, columns: int = 0) -> Truth:
     return replace(truth, shown=moved(truth.shown), unclear=moved(truth.unclear))
 
 
-def mixed(firing: Firing, dial: float, *, seed: int = 0) -> Firing:
-    """Latents are paired at random, and each takes `dial` of its partner: z_i <- (1 - dial) z_i + dial z_j.
+def mixed(firing: Firing, dial: float, *, order: Int[np.ndarray, " d_sae"] | None = None, seed: int = 0) -> Firing:
+    """Latents are paired, and each takes `dial` of its partner: z_i <- (1 - dial) z_i + dial z_j.
 
-    At 0.5 the two of a pair are one. With an odd number of latents one stays as it is.
+    At 0.5 the two of a pair are one. With an odd number of latents one stays as it is. `order`: neighbours in it are
+    paired; None: at random. Where many latents hardly ever fire, most random partners change nothing: pair by
+    `firing.frequency_order()` then, of one split for all.
     """
     _check_share("dial", dial, 0.5)
     if dial == 0:
         return firing
-    order = np.random.default_rng(seed).permutation(firing.d_sae)
+    if order is None:
+        order = np.random.default_rng(seed).permutation(firing.d_sae)
     partner = np.arange(firing.d_sae)
-    half = firing.d_sae // 2
-    partner[order[:half]], partner[order[half : 2 * half]] = order[half : 2 * half], order[:half]
+    one, other = (order[start : firing.d_sae // 2 * 2 : 2] for start in (0, 1))
+    partner[one], partner[other] = other, one
     to = torch.from_numpy(partner)
 
     def blend(codes: Codes) -> Codes:

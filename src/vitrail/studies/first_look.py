@@ -5,6 +5,8 @@
 Everything goes into one folder; each stage goes on where it was when it is run again:
 
     OUT/store  OUT/coders/NAME  OUT/codes/NAME  OUT/index/NAME  OUT/eval.jsonl  OUT/report.html
+
+What `vitrail recover` found is on the page too, where it lies in OUT/recovery.
 """
 
 import json
@@ -23,16 +25,20 @@ from vitrail.codes import CodeStore, encode
 from vitrail.files import json_digest, replacing, tensors_digest
 from vitrail.images import ImageSource, open_images
 from vitrail.index import Index, build_index
+from vitrail.metrics.groups import chosen
 from vitrail.metrics.heads import Head
 from vitrail.progress import SILENT, Progress
 from vitrail.provenance import VERSION
 from vitrail.store import ActivationStream, Store, extract
 from vitrail.studies.prisma_table import Row, prisma_table
 from vitrail.studies.report import Indexed, write_report
+from vitrail.studies.truth_concepts import read_concepts
+from vitrail.studies.truth_recovery import truth_recovery
 from vitrail.training import TrainConfig, train
 
 CONTROL_ROWS = 20_000
 HELD_OUT_ROWS = 16_384
+TRUTH_PATCHES = 16  # of each picture, drawn at random: where controls are dense, all of them are more than it takes
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ def first_look(
     eval_limit: int | None = None,
     title: str = "",
     notes: Sequence[str] = (),
+    truth: tuple[ImageSource, ImageSource] | None = None,
     n_workers: int = 0,
     seed: int = 0,
     progress: Progress = SILENT,
@@ -68,7 +75,8 @@ def first_look(
     """Run every stage and write OUT/report.html. Returns the table's rows as they are in OUT/eval.jsonl.
 
     The three image sets must not overlap: coders learn from `train_images`, inference thresholds from
-    `held_out_images`, and the table is of `eval_images`.
+    `held_out_images`, and the table is of `eval_images`. `truth`: pictures of which everything is known, to choose each
+    concept's latent on and to score it on; the page then says what each latent stands for (OUT/recovery).
     """
     out = Path(out)
     store = extract(
@@ -104,6 +112,21 @@ def first_look(
         seed=seed,
         progress=progress,
     )
+    if truth is not None:
+        truth_recovery(
+            backbone,
+            *truth,
+            coders,
+            out / "recovery",
+            point=point,
+            tokens=tokens,
+            control_sample=control_sample(store, point, tokens, seed=seed),
+            patches_per_image=TRUTH_PATCHES,
+            n_workers=n_workers,
+            seed=seed,
+            replace_rows=True,
+            progress=progress,
+        )
     report_folder(out, title=title or f"{backbone.name}, {point}", notes=notes, images=train_images, progress=progress)
     return rows
 
@@ -164,19 +187,22 @@ def evaluate(
     coders: Mapping[str, SparseCoder],
     *,
     replace_rows: bool = False,
+    metrics: str = "",
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Prisma's table as JSON lines in `path`. A file of rows measured on the same inputs is read back instead; one of
-    other rows is refused, unless `replace_rows`.
+    """Prisma's table, and the `metrics` of metrics/groups.py in the same pass, as JSON lines in `path`. A file of rows
+    measured on the same inputs is read back instead; one of other rows is refused, unless `replace_rows`.
     """
-    asked = request_of(backbone, images, coders, options)
+    kinds = chosen(metrics)
+    asked = request_of(backbone, images, coders, {**options, "metrics": list(kinds)} if kinds else options)
     if path.is_file():
         rows = read_rows(path)
         if rows and all(row.get("request") == asked for row in rows):
             return rows
         if rows and not replace_rows:
             raise ValueError(f"{path} holds rows of another evaluation. Choose another file, or delete it.")
-    table: list[Row] = prisma_table(backbone, images, coders, **options)
+    factories = [kind.make for kind in kinds.values()]
+    table: list[Row] = prisma_table(backbone, images, coders, metrics=factories, **options)
     rows = [{**row.to_json(), "request": asked} for row in table]
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -232,7 +258,15 @@ def report_folder(
             raise ValueError(f"{codes.path} are codes of another store than {store.path}. Encode again.")
         if index.manifest["codes_digest"] != codes.manifest.digest:
             raise ValueError(f"{folder} is an index of other codes than {codes.path}. Index again.")
-        indexed.append(Indexed(name=folder.name, store=store, codes=codes, index=index))
+        concepts = None
+        if (out / "recovery" / folder.name / "concepts.json").is_file():
+            coder_digest, concepts = read_concepts(out / "recovery" / folder.name)
+            if coder_digest != codes.manifest.request["coder_digest"]:
+                raise ValueError(
+                    f"{out / 'recovery' / folder.name} tells of another coder than {codes.path} are codes of. Recover "
+                    "again, or delete it."
+                )
+        indexed.append(Indexed(name=folder.name, store=store, codes=codes, index=index, concepts=concepts))
         log = out / "coders" / folder.name / "log.jsonl"
         if log.is_file():
             logs[folder.name] = log

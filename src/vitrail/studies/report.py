@@ -26,6 +26,7 @@ from vitrail.index import Index
 from vitrail.metrics import COLUMNS, MEASURES
 from vitrail.progress import SILENT, Progress
 from vitrail.store.read import Store
+from vitrail.studies.truth_concepts import is_recovered
 from vitrail.tables import Columns
 
 THUMB_PX = 112
@@ -42,6 +43,7 @@ class Indexed:
     store: Store
     codes: CodeStore
     index: Index
+    concepts: Mapping[int, Mapping[str, Any]] | None = None  # latent -> what it stands for, where the truth is known
 
 
 def write_report(
@@ -179,11 +181,21 @@ def latent_section(
     caption = (
         f"{len(latents['latent'])} latents, {n_dead} never fired on the {one.codes.n_images} stored images. {rule} "
         "Lit patches are where the latent fires, on one scale per row of pictures; point at a picture to see "
-        "it bare."
+        f"it bare.{concepts_told(one)}"
     )
     return (
         f"<section><h2>Latents of {escape(one.name)}</h2>"
         f'<p class="caption">{escape(caption)}</p>{"".join(cards)}</section>'
+    )
+
+
+def concepts_told(one: Indexed) -> str:
+    if one.concepts is None:
+        return ""
+    found = [row["concept"] for row in one.concepts.values() if is_recovered(row)]
+    return (
+        f" {len(found)} latents recover a concept of the world, {len(set(found))} different ones: F1 of at least 0.5 "
+        "over pictures that did not choose it, and more than a latent that is always on would have."
     )
 
 
@@ -271,12 +283,25 @@ def latent_card(
         f"fires on {latents['density'][latent]:.2%} of tokens, {latents['image_density'][latent]:.1%} of images; "
         f"mean {latents['mean'][latent]:.3g} when active, largest {latents['max'][latent]:.3g}"
     )
+    found = "" if one.concepts is None else recovered_line(one.concepts.get(latent))
     return (
         f'<article><header><h3>latent {latent}</h3><span class="why">{escape(why)}</span>'
         f"{bars(histogram, edges)}</header>"
-        f'<p class="facts">{escape(facts)}{"<br>top images: " + escape(classes) if classes else ""}</p>'
+        f'{found}<p class="facts">{escape(facts)}{"<br>top images: " + escape(classes) if classes else ""}</p>'
         f'<div class="pictures">{pictures}</div></article>'
     )
+
+
+def recovered_line(row: Mapping[str, Any] | None) -> str:
+    """What the latent stands for, with F1 beside that of "always"; what it is nearest to where that is not much."""
+    if row is None or row["concept"] is None:
+        return '<p class="concept none">no concept of the world</p>'
+    patch = f", patch IoU {row['patch']['iou']:.2f}" if "patch" in row else ""
+    numbers = f"F1 {row['f1']:.2f} (always: {row['constant']:.2f}{patch})"
+    about = escape(f"AUC {row['auc']:.2f}, precision {row['precision']:.2f}, recall {row['recall']:.2f}")
+    kind, word = ("", "recovered") if is_recovered(row) else (" none", "nearest, not recovered")
+    name = escape(row["concept"])
+    return f'<p class="concept{kind}" title="{about}">{word}: <strong>{name}</strong> {escape(numbers)}</p>'
 
 
 def bars(histogram: NDArray[np.int64], edges: NDArray[np.float64]) -> str:

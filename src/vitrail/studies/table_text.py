@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vitrail.metrics import COLUMNS, MEASURES
+from vitrail.metrics import COLUMNS, MEASURES, RECOVERY_COLUMNS
+from vitrail.studies.truth_recovery import best_of_variants
 
 # What fits a line of a terminal; the report has every column.
 LEFT_OUT = ("l0_image_sum", "recon_accuracy", "ce_unscaled", "recon_ce_unscaled", "zero_ce_unscaled")
@@ -16,16 +17,31 @@ SHOWN = tuple(name for name in COLUMNS if name not in LEFT_OUT)
 
 def print_table(rows: Sequence[dict[str, Any]], console: Console | None = None) -> None:
     """Each coder, its controls under it; a dash where there is no number."""
+    lines = [
+        (row, "  " + row["name"].split(" / ")[-1], True) if row["control_of"] is not None else (row, row["name"], False)
+        for row in rows
+    ]
+    _print(lines, SHOWN, console)
+
+
+def print_recovery(rows: Sequence[dict[str, Any]], console: Console | None = None) -> None:
+    """Coders (means over seeds where there are several), then controls, each number that of the better variant."""
+    best = best_of_variants(rows)
+    lines = [(row, row["name"], row["kind"] == "control") for row in best]
+    _print(lines, RECOVERY_COLUMNS, console)
+
+
+def _print(lines: Sequence[tuple[dict[str, Any], str, bool]], columns: Sequence[str], console: Console | None) -> None:
+    """(row, its name, whether it is a control) for each line."""
     console = console or Console(width=None if Console().is_terminal else 150)
-    shown = [name for name in SHOWN if any(row["measured"].get(name, {}).get("value") is not None for row in rows)]
+    rows = [row for row, _, _ in lines]
+    shown = [name for name in columns if any(row["measured"].get(name, {}).get("value") is not None for row in rows)]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in shown:
         arrow = {"higher": "↑", "lower": "↓"}.get(MEASURES[name].better, "")
         table.add_column(f"{MEASURES[name].title}{arrow}", justify="right")
-    for row in rows:
-        control = row["control_of"] is not None
-        name = "  " + row["name"].split(" / ")[-1] if control else row["name"]
+    for row, name, control in lines:
         cells = [_number(row, measure) for measure in shown]
         table.add_row(Text(name), *cells, style="dim" if control else "bold")
     console.print(table)

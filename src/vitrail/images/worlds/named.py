@@ -31,9 +31,9 @@ NAMED: dict[str, Named] = {
         "learns to read",
     ),
     "exposed": Named(
-        "shapes?words=0.6&vocabulary=shape&occlusion=0.25",
-        "training pictures, three in five with the name of the shape on them, and a bar over a quarter of it, so that "
-        "reading pays: what toy/clip-exposed learnt from",
+        "shapes?words=0.6&wrong_words=0.3&vocabulary=shape",
+        "training pictures, three in five with the name of a shape on them, now and then another's: what "
+        "toy/clip-exposed learnt from, with captions that say what is written",
     ),
     "typographic-mixed": Named(
         "shapes?words=0.5&wrong_words=0.5&vocabulary=any",
