@@ -12,11 +12,13 @@ import tyro
 
 from vitrail.backbones import Backbone, load
 from vitrail.cli.options import pick_device, pick_workers
+from vitrail.coders import coder_metadata
 from vitrail.images import ImageSource, open_images
 from vitrail.metrics.heads import Head, ZeroShotHead, fit_linear_head, own_head, zero_shot_head
+from vitrail.metrics.substitution import raw_name_head
 from vitrail.progress import Terminal
 from vitrail.store import Store
-from vitrail.studies.first_look import control_sample, evaluate, load_coders
+from vitrail.studies.first_look import control_sample, evaluate, joined_sample, load_coders
 from vitrail.studies.table_text import print_table
 
 
@@ -40,6 +42,7 @@ def eval_verb(
     controls: bool = True,
     metrics: str = "",
     random_backbone: bool = False,
+    faithfulness: int = 0,
     split: str | None = None,
     limit: int | None = None,
     batch_size: int = 64,
@@ -48,7 +51,8 @@ def eval_verb(
     workers: int | None = None,
     device: str = "auto",
 ) -> None:
-    """Prisma's table: one JSON row per coder and per control, with definitions, intervals and provenance.
+    """Prisma's table of SAEs, transcoders or crosscoders, and other metrics in the same pass: one JSON row per coder
+    and per control, with definitions, intervals and provenance.
 
     Args:
         coders: coder folders, all of one hook point
@@ -59,12 +63,13 @@ def eval_verb(
         head: own, none, zero-shot (class names through the text tower), linear (fitted on --head-images), a .npy of
             class embeddings, or auto: own where there is one and images are labelled, else none
         head_images: labelled images to fit a linear head on
-        templates: for zero-shot class names
+        templates: for zero-shot class names; "{}" alone is what Prisma's code compares with (tag "prisma")
         logit_scale: temperature of a zero-shot head (default: the model's own, or 100 for a .npy)
         substitution: on the tokens a coder was trained on, or on all, as Prisma's code does
         store: where controls are fitted (default: the store the first coder was trained on)
         metrics: beside Prisma's table, in the same pass: all, prisma, msae, or names (docs/metrics.md)
         random_backbone: a control more: the same coder on the same model with random weights
+        faithfulness: on so many images, does the answer hang on the latents that attribution names (needs a head)
     """
     loaded, about = load_coders(list(coders), pick_device(device))
     for needed in ("point", "tokens", "backbone"):
@@ -81,17 +86,25 @@ def eval_verb(
     sample = None
     if controls:
         fitted_on = Store.open(store or about["store"])
-        sample = control_sample(fitted_on, about["point"], about["tokens"], seed=seed).to(pick_device(device))
+        sample = (
+            joined_sample(about, fitted_on, seed=seed)
+            if "parts" in about
+            else control_sample(fitted_on, about["point"], about["tokens"], seed=seed)
+        ).to(pick_device(device))
     rows = evaluate(
         out,
         model,
         source,
         loaded,
         point=about["point"],
+        target_point=about.get("target_point"),
+        points=about.get("points", ()),
         tokens=about["tokens"],
         head=pick_head(head, model, source, head_images, templates, logit_scale, n_workers),
         control_sample=sample,
         metrics=metrics,
+        faithfulness=faithfulness,
+        metadata={path.resolve().name: coder_metadata(path) for path in coders},
         random_backbone="encode" if random_backbone else None,
         limit=limit,
         substitution=substitution,
@@ -130,7 +143,8 @@ def pick_head(
         check_classes(images.classes, fitted_on.classes, head_images)
         return fit_linear_head(backbone, fitted_on, n_workers=n_workers, progress=Terminal())
     if head == "zero-shot":
-        found = zero_shot_head(backbone, images.classes, templates)
+        raw = tuple(templates) == ("{}",)
+        found = raw_name_head(backbone, images.classes) if raw else zero_shot_head(backbone, images.classes, templates)
         return found if logit_scale is None else replace(found, logit_scale=logit_scale)
     if head.endswith(".npy"):
         return ZeroShotHead(

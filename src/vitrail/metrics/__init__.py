@@ -112,6 +112,19 @@ MEASURES: dict[str, Measure] = {
         "centre - border", "", "", 3, "L0 of the middle less that of the border, over their mean"
     ),
     "l0_centre_border_p": Measure("p", "", "", 4, "of that difference, by signs drawn at random"),
+    "latents_effect": Measure("effect", "", "", 3, "score with all latents less score with none"),
+    "latents_active": Measure("active", "latents", "", 1, "different latents active in an image"),
+    "necessity": Measure("necessity", "", "higher", 3, "area of deletion by attribution less that at random"),
+    "necessity_matched": Measure("necess. (matched)", "", "higher", 3, "the same against latents as active"),
+    "sufficiency": Measure("sufficiency", "", "higher", 3, "area of insertion by attribution less that at random"),
+    "sufficiency_matched": Measure("suffic. (matched)", "", "higher", 3, "the same against latents as active"),
+    **{
+        f"{curve}_area_{order}": Measure(
+            f"{curve[:3]}. {order}", "", "", 3, f"area of {curve}, latents in the order: {order}"
+        )
+        for curve in ("deletion", "insertion")
+        for order in ("attribution", "random", "matched")
+    },
     # of several seeds
     "stability_decoder": Measure(
         "stab. dec", "", "higher", 3, "mean cosine of matched decoder directions of two seeds"

@@ -50,7 +50,7 @@ def progressive(rows: Rows, path: Path) -> tuple[list[dict[str, Any]], list[Path
                 axis.plot([one["k"] for one in curve], [one[key] for one in curve], marker="o", markersize=2.5, **style)
             axis.set_xscale("log", base=2)
             axis.set_xlabel("k largest latents of each row", fontsize=8)
-            axis.set_ylabel(key.replace("_", " "), fontsize=8)
+            _limit(axis, key)
     return numbers, made
 
 
@@ -66,6 +66,11 @@ def histogram(curve: str, title: str, label: str) -> Callable[[Rows, Path], tupl
             for row, style in _styled(having):
                 bins = [one for one in row["curves"][curve] if one["log10_low"] is not None]
                 axes[0].step([one["log10_low"] for one in bins], [one["share"] for one in bins], where="post", **style)
+            filled = [one for one in numbers if one["log10_low"] is not None and one["share"]]
+            if filled:
+                axes[0].set_xlim(
+                    min(one["log10_low"] for one in filled) - 0.2, max(one["log10_high"] for one in filled) + 0.2
+                )
             axes[0].set_xlabel(label, fontsize=8)
             axes[0].set_ylabel("share", fontsize=8)
         return numbers, made
@@ -131,9 +136,11 @@ def pareto(rows: Rows, path: Path) -> tuple[list[dict[str, Any]], list[Path]]:
                 x, y = _value(row, "l0_tokens"), _value(row, name)
                 if x is not None and y is not None:
                     axis.plot([x], [y], marker="o", linestyle="", markersize=4, **style)
-            axis.set_xscale("log")
+            l0s = [one["l0"] for one in numbers if one["l0"]]
+            if l0s and max(l0s) > 3 * min(l0s):
+                axis.set_xscale("log")
             axis.set_xlabel("L0", fontsize=8)
-            axis.set_ylabel(name.replace("_", " "), fontsize=8)
+            _limit(axis, name)
     return numbers, made
 
 
@@ -149,6 +156,18 @@ FIGURES: dict[str, Callable[[Rows, Path], tuple[list[dict[str, Any]], list[Path]
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers
+
+
+# What lies beyond is not drawn: one control whose FVU is 700 would flatten all else.
+LIMITS = {"fvu": (0.0, 1.1), "explained_variance": (-0.1, 1.02)}
+
+
+def _limit(axis: Any, name: str) -> None:
+    low, high = axis.get_ylim()
+    least, most = LIMITS.get(name, (low, high))
+    cut = low < least or high > most
+    axis.set_ylim(max(low, least), min(high, most))
+    axis.set_ylabel(name.replace("_", " ") + (" (beyond: not drawn)" if cut else ""), fontsize=8)
 
 
 def _having(rows: Rows, curve: str) -> list[dict[str, Any]]:

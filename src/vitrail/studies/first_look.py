@@ -20,16 +20,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitrail.backbones import Backbone
-from vitrail.coders import SparseCoder, coder_metadata, load_coder, make_coder
+from vitrail.coders import MultiSource, SparseCoder, Transcoder, coder_metadata, load_coder, make_coder
 from vitrail.codes import CodeStore, encode
 from vitrail.files import json_digest, replacing, tensors_digest
 from vitrail.images import ImageSource, open_images
 from vitrail.index import Index, build_index
+from vitrail.metrics.dead import dead_at_end_of_training
+from vitrail.metrics.faithfulness import causal_faithfulness
 from vitrail.metrics.groups import chosen
 from vitrail.metrics.heads import Head
+from vitrail.metrics.places import place_in
 from vitrail.progress import SILENT, Progress
 from vitrail.provenance import VERSION
 from vitrail.store import ActivationStream, Store, extract
+from vitrail.store.joined import JoinedSource, Part
 from vitrail.studies.prisma_table import Row, prisma_table
 from vitrail.studies.report import Indexed, write_report
 from vitrail.studies.truth_concepts import read_concepts
@@ -180,6 +184,24 @@ def control_sample(
     return next(iter(reader))
 
 
+def joined_sample(
+    about: Mapping[str, Any], store: Store | None = None, *, seed: int, n_rows: int = CONTROL_ROWS
+) -> Float[Tensor, "n d_row"]:
+    """The same for a transcoder or crosscoder: rows of all its points side by side, as its metadata names them.
+    `store`: instead of the one that holds the first.
+    """
+    first = about["parts"][0]
+    parts = [
+        Part(
+            store if store and part["store"] == first["store"] else Store.open(part["store"]),
+            part["point"],
+            part["tokens"],
+        )
+        for part in about["parts"]
+    ]
+    return next(iter(JoinedSource(parts, batch_size=n_rows, seed=seed, prefetch=0)))
+
+
 def evaluate(
     path: Path,
     backbone: Backbone,
@@ -188,13 +210,19 @@ def evaluate(
     *,
     replace_rows: bool = False,
     metrics: str = "",
+    faithfulness: int = 0,
+    metadata: Mapping[str, Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Prisma's table, and the `metrics` of metrics/groups.py in the same pass, as JSON lines in `path`. A file of rows
     measured on the same inputs is read back instead; one of other rows is refused, unless `replace_rows`.
+
+    `faithfulness`: on so many images also necessity and sufficiency of what attribution names (faithfulness.py),
+    of SAEs, which a head is needed for. `metadata`: of coders by name, for what training says of dead latents.
     """
     kinds = chosen(metrics)
-    asked = request_of(backbone, images, coders, {**options, "metrics": list(kinds)} if kinds else options)
+    also = ({"metrics": list(kinds)} if kinds else {}) | ({"faithfulness": faithfulness} if faithfulness else {})
+    asked = request_of(backbone, images, coders, {**options, **also})
     if path.is_file():
         rows = read_rows(path)
         if rows and all(row.get("request") == asked for row in rows):
@@ -204,9 +232,37 @@ def evaluate(
     factories = [kind.make for kind in kinds.values()]
     table: list[Row] = prisma_table(backbone, images, coders, metrics=factories, **options)
     rows = [{**row.to_json(), "request": asked} for row in table]
+    for row in rows:
+        dead = dead_at_end_of_training((metadata or {}).get(row["name"], {}))
+        if dead is not None:
+            row["measured"]["dead_train"] = dead.to_json()
+    if faithfulness:
+        _add_faithfulness(rows, backbone, images, coders, faithfulness, options)
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return rows
+
+
+def _add_faithfulness(
+    rows: list[dict[str, Any]],
+    backbone: Backbone,
+    images: ImageSource,
+    coders: Mapping[str, SparseCoder],
+    n_images: int,
+    options: Mapping[str, Any],
+) -> None:
+    if options.get("head") is None:
+        raise ValueError("faithfulness asks what the model answers: give a head.")
+    shared = {name: options[name] for name in ("n_workers", "n_bootstrap", "seed", "progress") if name in options}
+    where = {"point": options["point"], "tokens": options["tokens"], "head": options["head"]}
+    for row in rows:
+        if row["name"] in coders and not isinstance(coders[row["name"]], Transcoder | MultiSource):
+            measured, curves, cost = causal_faithfulness(
+                backbone, images, coders[row["name"]], limit=n_images, **where, **shared
+            )
+            row["measured"] |= {name: one.to_json() for name, one in measured.items()}
+            row["curves"] = {**row.get("curves", {}), **curves}
+            row["cost"] = {**row["cost"], "faithfulness": cost}
 
 
 def request_of(
@@ -215,6 +271,8 @@ def request_of(
     """A digest of everything that decides the table's numbers."""
     sample, head = options.get("control_sample"), options.get("head")
     plain = {k: v for k, v in options.items() if k not in ("control_sample", "head", "progress", "n_workers")}
+    later = ("target_point", "points", "random_backbone")  # options that did not always exist: unsaid is as before
+    plain = {k: v for k, v in plain.items() if k not in later or v}
     return json_digest(
         {
             **plain,
@@ -300,10 +358,11 @@ def load_coders(paths: Sequence[Path], device: torch.device) -> tuple[dict[str, 
         raise ValueError(f"two coders are called {max(names, key=names.count)!r}: give their folders different names.")
     coders = {name: load_coder(path, device=device) for name, path in zip(names, paths, strict=True)}
     about = [coder_metadata(path) for path in paths]
-    for name in ("point", "tokens", "backbone", "backbone_digest"):
-        found = {str(one.get(name)) for one in about}
+    shared = [{**one, **place_in(one)} for one in about]
+    for name in ("point", "target_point", "points", "tokens", "backbone", "backbone_digest"):
+        found = {str(one.get(name)) for one in shared}
         if len(found) > 1:
             raise ValueError(
                 f"these coders have different {name}s ({', '.join(sorted(found))}): evaluate them one by one."
             )
-    return coders, about[0]
+    return coders, shared[0]

@@ -1,0 +1,100 @@
+"""`vitrail eval` with further metrics and with every kind of coder, and the verbs that read its rows."""
+
+import csv
+import json
+
+import pytest
+
+from vitrail.cli import main
+from vitrail.metrics import MEASURES
+from vitrail.metrics.groups import KINDS
+
+POINTS = ["blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"]
+TEST = ["--images", "world:shapes?n=20&split=test", "--workers", "0", "--device", "cpu", "--n-bootstrap", "20"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    main(
+        ["extract", "world:shapes?n=40", f"{out}/store", "--backbone", "toy/clip", "--points", *POINTS]
+        + ["--workers", "0", "--device", "cpu"]
+    )
+    kinds = {
+        "topk": ["--k", "8"],
+        "transcoder": ["--k", "8", "--to", POINTS[1]],
+        "crosscoder": ["--k", "8", "--beside", POINTS[1]],
+    }
+    architectures = {"topk": "topk", "transcoder": "topk_transcoder", "crosscoder": "topk_crosscoder"}
+    for name, own in kinds.items():
+        main(
+            ["train", architectures[name], f"{out}/store", f"{out}/coders/{name}", "--point", POINTS[0], *own]
+            + ["--d-sae", "192", "--epochs", "2", "--batch-size", "512", "--device", "cpu"]
+        )
+    return out
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_all_metrics_in_one_pass_and_what_is_made_of_their_rows(run, capsys):
+    out = run / "eval.jsonl"
+    main(
+        ["eval", f"{run}/coders/topk", *TEST, "--out", str(out), "--head", "zero-shot", "--metrics", "all"]
+        + ["--random-backbone", "--faithfulness", "4", "--templates", "{}", "--substitution", "all-tokens"]
+    )
+    rows = rows_of(out)
+    coder = rows[0]
+    assert rows[-1]["name"] == "topk / random backbone"
+    assert {"sparsity", "cknna", "do_mean_sq", "dead_eval", "progressive_fvu", "necessity"} <= set(coder["measured"])
+    assert set(coder["measured"]) <= set(MEASURES), "every number can be explained"
+    assert {"progressive", "l0_map", "firing_histogram", "activation_histogram"} <= set(coder["curves"])
+    assert coder["measured"]["ce_unscaled"]["definition"] == "prisma"
+    assert set(coder["cost"]["metrics"]) >= {"CKNNA", "Progressive", "L0Maps"}
+    assert coder["measured"]["sparsity"]["value"] == pytest.approx(1 - 8 / 192)
+    for layout in ("prisma", "prisma-published", "msae", "msae-published"):
+        main(["table", layout, str(out), "--form", "csv", "--out", str(run / f"{layout}.csv")])
+    with (run / "msae.csv").open() as stream:
+        found = next(csv.DictReader(stream))
+    assert float(found["CKNNA"]) == coder["measured"]["cknna"]["value"]
+    if pytest.importorskip("matplotlib"):
+        main(["figures", str(out), "--out", str(run / "figures")])
+        assert (run / "figures" / "progressive.svg").is_file()
+    capsys.readouterr()
+    main(["eval", f"{run}/coders/topk", *TEST, "--out", str(run / "plain.jsonl"), "--head", "zero-shot"])
+    plain = rows_of(run / "plain.jsonl")[0]["measured"]
+    assert plain["fvu"] == coder["measured"]["fvu"], "further metrics change nothing that was measured without them"
+
+
+def test_a_transcoder_is_measured_where_it_writes_and_a_crosscoder_at_its_points(run):
+    for name in ("transcoder", "crosscoder"):
+        main(["eval", f"{run}/coders/{name}", *TEST, "--out", f"{run}/{name}.jsonl", "--head", "zero-shot"])
+    (transcoder, *controls) = rows_of(run / "transcoder.jsonl")
+    assert (transcoder["point"], transcoder["target_point"]) == tuple(POINTS)
+    assert all(row["control_of"] == "transcoder" for row in controls)
+    rows = {row["name"]: row for row in rows_of(run / "crosscoder.jsonl")}
+    assert rows["crosscoder"]["points"] == POINTS
+    assert {f"crosscoder @ {point}" for point in POINTS} <= set(rows)
+    main(["eval", f"{run}/coders/transcoder", *TEST, "--out", f"{run}/transcoder.jsonl", "--head", "zero-shot"])
+
+
+def fails(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert stopped.value.code != 0
+    return capsys.readouterr().err
+
+
+def test_mistakes_are_sentences(run, capsys):
+    coder, out = run / "coders/topk", run / "no.jsonl"
+    told = fails(capsys, "eval", coder, *TEST, "--out", out, "--metrics", "ckna")
+    assert "there is no metric 'ckna'. Nearest: cknna" in told
+    assert all(name in told for name in KINDS)
+    told = fails(capsys, "eval", coder, run / "coders/transcoder", *TEST, "--out", out)
+    assert "different target_points" in told
+    told = fails(capsys, "eval", coder, *TEST, "--out", out, "--head", "none", "--faithfulness", 4)
+    assert "give a head" in told
+    assert "name at least one" in fails(capsys, "table", "prisma")
+    (run / "bare.jsonl").write_text(json.dumps({"name": "a", "control_of": None, "measured": {}}) + "\n")
+    assert "have no curves to draw" in fails(capsys, "figures", run / "bare.jsonl", "--out", run / "f")
