@@ -7,6 +7,8 @@ import ast
 import sys
 from pathlib import Path
 
+from vitrail.metrics.groups import KINDS
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "metrics.md"
 HEADS = ("Range", "Moves with", "Does not show", "Source", "Tags", "Cost")
@@ -27,11 +29,18 @@ def main() -> None:
 
 
 def page() -> str:
-    parts = [OPENING]
+    parts = [OPENING, kinds()]
     for heading, names in FILES.items():
         parts.append(f"## {heading}\n")
         parts += [entry(name) for name in names]
     return "\n".join(parts)
+
+
+def kinds() -> str:
+    """What `--metrics` takes."""
+    lines = ["| name | group | needs | cost beside encoding |", "|---|---|---|---|"]
+    lines += [f"| `{name}` | {kind.group} | {kind.needs} | {kind.cost} |" for name, kind in KINDS.items()]
+    return "\n".join(lines) + "\n"
 
 
 def entry(name: str) -> str:

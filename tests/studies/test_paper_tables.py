@@ -81,5 +81,10 @@ def test_from_the_command_line(tmp_path, capsys):
     path.write_text("".join(json.dumps(one) + "\n" for one in ROWS))
     main(["table", "prisma", str(tmp_path), "--out", str(tmp_path / "t.csv"), "--form", "csv"])
     assert (tmp_path / "t.csv").read_text() == paper_table(ROWS, "prisma", form="csv")
+    seeds = tmp_path / "seeds.jsonl"
+    seeds.write_text("".join(json.dumps(row(f"a#{i}", explained_variance=0.5 + i / 10)) + "\n" for i in range(3)))
+    main(["table", "prisma", str(seeds), "--seeds", "--intervals"])
+    # .5, .6, .7: mean .6, standard deviation .1, t = 4.303: .6 -+ 4.303 * .1 / sqrt(3) = .3516 to .8484.
+    assert "| **a (blocks.1)** | 60.0 [35.2, 84.8] |" in capsys.readouterr().out
     main(["table", "prisma", str(path), "--no-controls"])
     assert "**top_k (blocks.1)** | 97.1" in capsys.readouterr().out

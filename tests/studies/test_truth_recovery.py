@@ -20,6 +20,7 @@ from vitrail.metrics.truth import Firing, Truth
 from vitrail.statistics import ActivationStats
 from vitrail.studies import truth_recovery as module
 from vitrail.studies.calibration import calibrate, calibration_picture
+from vitrail.studies.seeds import over_seeds, t_quantile
 from vitrail.studies.table_text import print_recovery
 from vitrail.studies.truth_concepts import concept_of_latents, is_recovered, read_concepts
 from vitrail.studies.truth_recovery import (
@@ -27,9 +28,7 @@ from vitrail.studies.truth_recovery import (
     Contender,
     best_of_variants,
     encode_rows,
-    over_seeds,
     summary_of,
-    t_quantile,
     truth_controls,
     truth_recovery,
 )

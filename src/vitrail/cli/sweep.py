@@ -18,6 +18,7 @@ from rich.table import Table
 from vitrail.cli.options import pick_device
 from vitrail.coders import CODERS
 from vitrail.files import replacing
+from vitrail.metrics.pareto import pareto_front as front_of
 from vitrail.progress import Terminal
 from vitrail.store import Store
 from vitrail.studies.first_look import coder_about
@@ -261,13 +262,7 @@ def coordinates(row: Mapping[str, Any]) -> tuple[float, float] | None:
 def pareto_front(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The coders that no other beats in both L0 and FVU, sparsest first."""
     placed = [(place, row) for row in rows if (place := coordinates(row)) is not None]
-    front: list[Mapping[str, Any]] = []
-    best = math.inf
-    for (_, fvu), row in sorted(placed, key=lambda one: one[0]):
-        if fvu < best:
-            front.append(row)
-            best = fvu
-    return front
+    return [placed[at][1] for at in front_of([place for place, _ in placed], better=("lower", "lower"))]
 
 
 def pareto_picture(rows: Sequence[Mapping[str, Any]], out: Path) -> list[Path]:

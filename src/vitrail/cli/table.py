@@ -9,6 +9,7 @@ import tyro
 from vitrail.files import replacing
 from vitrail.studies.first_look import read_rows
 from vitrail.studies.paper_tables import paper_table
+from vitrail.studies.seeds import over_seeds
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -21,6 +22,7 @@ def table_verb(
     form: Literal["markdown", "latex", "html", "csv"] = "markdown",
     controls: bool = True,
     intervals: bool = False,
+    seeds: bool = False,
     out: Path | None = None,
 ) -> None:
     """Rows of `vitrail eval` in a paper's layout.
@@ -30,11 +32,16 @@ def table_verb(
         rows: eval.jsonl files, or run folders that hold one
         controls: with the controls under each coder
         intervals: with 95 % intervals (a CSV always has them)
+        seeds: one row for the coders NAME#0, NAME#1, ...: means, and intervals over the seeds
         out: a file; default, the screen
     """
     if not rows:
         raise ValueError("name at least one eval.jsonl, or a run folder that holds one.")
     found = [row for path in rows for row in read_rows(path / "eval.jsonl" if path.is_dir() else path)]
+    if seeds:
+        means = over_seeds(found)
+        merged = {name for mean in means for name in mean["seeds"]}
+        found = means + [row for row in found if row["name"] not in merged and row["control_of"] not in merged]
     text = paper_table(found, layout, form=form, controls=controls, intervals=intervals)
     if out is None:
         print(text, end="")

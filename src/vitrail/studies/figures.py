@@ -6,12 +6,16 @@ Every picture has one line or panel a coder; controls are thin and grey. Needs m
 """
 
 import csv
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vitrail.files import replacing
+from vitrail.metrics.l0_maps import cls_trajectory
+from vitrail.metrics.measured import Measured
+from vitrail.metrics.pareto import pareto_front
 from vitrail.studies.paper_tables import row_name
 
 Rows = Sequence[dict[str, Any]]
@@ -130,8 +134,15 @@ def pareto(rows: Rows, path: Path) -> tuple[list[dict[str, Any]], list[Path]]:
     ]
     if not numbers:
         return [], []
+    for name in shown:
+        placed = [one for one in numbers if one[name] is not None]
+        front = pareto_front([(one["l0"], one[name]) for one in placed])
+        for at, one in enumerate(placed):
+            one[f"{name}_on_front"] = at in front
     with _figure(path, len(shown), "at what L0") as (axes, made):
         for axis, name in zip(axes, shown, strict=True):
+            edge = sorted((one["l0"], one[name]) for one in numbers if one.get(f"{name}_on_front"))
+            axis.plot(*zip(*edge, strict=True), color=GREY, lw=0.8, linestyle=":", zorder=0)
             for row, style in _styled(rows):
                 x, y = _value(row, "l0_tokens"), _value(row, name)
                 if x is not None and y is not None:
@@ -144,6 +155,30 @@ def pareto(rows: Rows, path: Path) -> tuple[list[dict[str, Any]], list[Path]]:
     return numbers, made
 
 
+def cls_by_layer(rows: Rows, path: Path) -> tuple[list[dict[str, Any]], list[Path]]:
+    """L0 of the CLS token and of patches over the layers, a line for each coder's name; needs two layers."""
+    by_name: dict[str, dict[int, dict[str, Measured]]] = {}
+    for row in rows:
+        layer = re.match(r"blocks\.(\d+)\.", row.get("point", ""))
+        if layer and row.get("control_of") is None and _value(row, "l0_patches") is not None:
+            found = {k: Measured(**row["measured"][k]) for k in ("l0_cls", "l0_patches") if k in row["measured"]}
+            by_name.setdefault(row["name"], {})[int(layer[1])] = found
+    curves = {name: cls_trajectory(layers) for name, layers in by_name.items() if len(layers) > 1}
+    numbers = [{"name": name, **one} for name, curve in curves.items() for one in curve]
+    if not numbers:
+        return [], []
+    with _figure(path, 1, "L0 by layer: CLS (full), patches (broken)") as (axes, made):
+        for number, (name, curve) in enumerate(curves.items()):
+            for key, style in (("l0_cls", "-"), ("l0_patches", "--")):
+                known = [one for one in curve if one[key] is not None]
+                layers, values = [one["layer"] for one in known], [one[key] for one in known]
+                label = name if key == "l0_cls" else None
+                axes[0].plot(layers, values, style, marker="o", markersize=3, color=COLOURS[number % 8], label=label)
+        axes[0].set_xlabel("layer", fontsize=8)
+        axes[0].set_ylabel("L0", fontsize=8)
+    return numbers, made
+
+
 FIGURES: dict[str, Callable[[Rows, Path], tuple[list[dict[str, Any]], list[Path]]]] = {
     "pareto": pareto,
     "progressive": progressive,
@@ -152,6 +187,7 @@ FIGURES: dict[str, Callable[[Rows, Path], tuple[list[dict[str, Any]], list[Path]
     "frequency": histogram("firing_histogram", "how often latents fire", "log10 share of rows"),
     "l0_map": l0_maps,
     "l0_boxes": l0_boxes,
+    "cls_by_layer": cls_by_layer,
 }
 
 

@@ -15,7 +15,6 @@ Killed, the same call goes on with the next coder.
 """
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,13 +41,12 @@ from vitrail.progress import SILENT, Progress
 from vitrail.provenance import VERSION, peak_memory_mb, provenance
 from vitrail.statistics import ActivationStats
 from vitrail.studies.prisma_table import matched_l0
+from vitrail.studies.seeds import over_seeds
 from vitrail.studies.truth_concepts import write_concepts
 from vitrail.studies.truth_splits import Split, read_split, sample_patches
 
 ROWS_AT_ONCE = 4096
 UNLIMITED = " (no limit)"
-# Of Student's t with 1, 2, ... degrees of freedom, the 97.5 % quantile.
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 
 
 @dataclass(frozen=True)
@@ -246,42 +244,6 @@ def summary_of(found: Recovery, *, n_bootstrap: int = 1000, seed: int = 0, min_f
             shown = name if name == "absorbed" else f"absorption_{name}"
             out[shown] = Measured(float(np.mean(values)), "mean-over-pairs-of-parent-and-child", found.n)
     return out
-
-
-def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each name with several seeds ("topk#0", "topk#1"): means, and Student's t intervals over the seeds.
-
-    The interval says how much another seed would change, on the same pictures; those of the single rows, over
-    pictures, say what other pictures would.
-    """
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        name, marked, _ = row["name"].partition("#")
-        if marked and row["kind"] == "coder":
-            groups.setdefault(name, []).append(row)
-    out = []
-    for name, group in groups.items():
-        if len(group) > 1:
-            shared = {k: v for k, v in group[0].items() if k not in ("config", "coder_digest", "cost")}
-            measures = [m for m in group[0]["measured"] if all(m in row["measured"] for row in group)]
-            measured = {m: _over_seeds([row["measured"][m] for row in group]) for m in measures}
-            seeds = [row["name"] for row in group]
-            out.append({**shared, "name": name, "kind": "mean", "seeds": seeds, "measured": measured})
-    return out
-
-
-def _over_seeds(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    numbers = np.array([value["value"] for value in values], dtype=float)
-    half = t_quantile(len(numbers) - 1) * float(numbers.std(ddof=1)) / math.sqrt(len(numbers))
-    mean, definition = float(numbers.mean()), f"{values[0]['definition']}; mean of {len(numbers)} seeds, t interval"
-    return Measured(mean, definition, values[0]["n"], mean - half, mean + half).to_json()
-
-
-def t_quantile(freedom: int) -> float:
-    """97.5 % of Student's t, to 0.01."""
-    if freedom < 1:
-        raise ValueError(f"an interval over seeds needs at least 2 of them, got {freedom + 1}.")
-    return T_QUANTILES[freedom - 1] if freedom <= len(T_QUANTILES) else 1.96 * (1 + 1.32 / freedom)
 
 
 def best_of_variants(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
