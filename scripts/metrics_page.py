@@ -70,6 +70,7 @@ its tag, the number of rows or images it was taken over, and, where it can have 
 
     vitrail eval CODER --images ... --out eval.jsonl --metrics all      # one pass: the coder encodes once
     vitrail table prisma eval.jsonl                                     # a paper's layout; msae, and -published
+    vitrail compare eval.jsonl --a "topk*" --b "matryoshka*"            # at equal L0, never extrapolated
     vitrail figures eval.jsonl --out figures                            # curves, as vector and PNG, with their numbers
     vitrail check-table table.csv                                       # rows that cannot be, or contradict themselves
 

@@ -20,6 +20,7 @@ VERBS = {
     "index": "per latent: top images and patches, density, histogram",
     "eval": "Prisma's table of a coder, beside its controls",
     "table": "rows of eval in a paper's layout: Markdown, LaTeX, HTML, CSV",
+    "compare": "two families of coders at equal L0",
     "figures": "the curves of eval, drawn: vector, PNG, and their numbers",
     "check-table": "published or own tables: rows that cannot be, or contradict themselves",
     "recover": "which concepts of a world coders recover, beside controls",
