@@ -11,7 +11,18 @@ from vitrail.backbones import load
 from vitrail.backbones.toy import ToyViT
 from vitrail.files import read_tensors, tensors_digest
 from vitrail.images import open_world
-from vitrail.toys import ClipRecipe, ToyRecipe, accuracy, clip, fitting, held_out, normalized, toy_recipe, train_toy
+from vitrail.toys import (
+    ClipRecipe,
+    ToyRecipe,
+    accuracy,
+    clip,
+    fetch,
+    fitting,
+    held_out,
+    normalized,
+    toy_recipe,
+    train_toy,
+)
 from vitrail.toys.fetch import get_toy
 from vitrail.toys.train import make_objective
 
@@ -218,7 +229,9 @@ def test_recipes_that_cannot_be_followed():
         ToyRecipe(world="world:shapes", n_kept=1)
 
 
-def test_a_toy_is_fetched_whole_or_not_at_all(trained, tmp_path):
+def test_a_toy_is_fetched_whole_or_not_at_all(trained, tmp_path, monkeypatch):
+    assert get_toy("vit-1l-p8").is_file(), "what ships needs no fetching"
+    monkeypatch.setattr(fetch, "WEIGHTS", tmp_path / "nothing ships")
     folder, description = trained
     for end in ("safetensors", "json"):
         (tmp_path / f"vit-1l-p8.{end}").write_bytes((folder / f"shapes.{end}").read_bytes())
