@@ -79,6 +79,23 @@ def test_a_transcoder_is_measured_where_it_writes_and_a_crosscoder_at_its_points
     main(["eval", f"{run}/coders/transcoder", *TEST, "--out", f"{run}/transcoder.jsonl", "--head", "zero-shot"])
 
 
+def test_a_linear_probe_of_cls_tokens(run, tmp_path, capsys):
+    main(
+        ["extract", "world:shapes?n=96", f"{tmp_path}/store", "--backbone", "toy/clip", "--tokens", "cls"]
+        + ["--points", "blocks.3.hook_resid_post", "--workers", "0", "--device", "cpu"]
+    )
+    main(
+        ["train", "topk", f"{tmp_path}/store", f"{tmp_path}/topk", "--k", "8", "--d-sae", "192", "--epochs", "30"]
+        + ["--batch-size", "48", "--device", "cpu"]
+    )
+    main(["eval", f"{tmp_path}/topk", *TEST, "--out", f"{tmp_path}/e.jsonl", "--head", "zero-shot", "--linear-probe"])
+    row = rows_of(tmp_path / "e.jsonl")[0]["measured"]
+    assert {"lp_kl", "lp_agreement", "lp_accuracy", "recon_lp_accuracy"} <= set(row)
+    assert 0 <= row["lp_agreement"]["value"] <= 1
+    told = fails(capsys, "eval", run / "coders/topk", *TEST, "--out", tmp_path / "no.jsonl", "--linear-probe")
+    assert "reads one row an image, and" in told
+
+
 def fails(capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
         main([str(argument) for argument in arguments])

@@ -18,7 +18,7 @@ from vitrail.metrics.heads import Head, ZeroShotHead, fit_linear_head, own_head,
 from vitrail.metrics.substitution import raw_name_head
 from vitrail.progress import Terminal
 from vitrail.store import Store
-from vitrail.studies.first_look import control_sample, evaluate, joined_sample, load_coders
+from vitrail.studies.first_look import control_sample, evaluate, joined_sample, load_coders, probe_of
 from vitrail.studies.table_text import print_table
 
 
@@ -42,6 +42,7 @@ def eval_verb(
     controls: bool = True,
     metrics: str = "",
     random_backbone: bool = False,
+    linear_probe: bool = False,
     faithfulness: int = 0,
     split: str | None = None,
     limit: int | None = None,
@@ -69,6 +70,7 @@ def eval_verb(
         store: where controls are fitted (default: the store the first coder was trained on)
         metrics: beside Prisma's table, in the same pass: all, prisma, msae, or names (docs/metrics.md)
         random_backbone: a control more: the same coder on the same model with random weights
+        linear_probe: fitted on the labelled images of the store, for MSAE's LP columns (one row an image: CLS, pooled)
         faithfulness: on so many images, does the answer hang on the latents that attribution names (needs a head)
     """
     loaded, about = load_coders(list(coders), pick_device(device))
@@ -104,6 +106,7 @@ def eval_verb(
         control_sample=sample,
         metrics=metrics,
         faithfulness=faithfulness,
+        probe=probe_of(Store.open(store or about["store"]), about["point"], about["tokens"]) if linear_probe else None,
         metadata={path.resolve().name: coder_metadata(path) for path in coders},
         random_backbone="encode" if random_backbone else None,
         limit=limit,

@@ -29,6 +29,7 @@ from vitrail.metrics.dead import dead_at_end_of_training
 from vitrail.metrics.faithfulness import causal_faithfulness
 from vitrail.metrics.groups import chosen
 from vitrail.metrics.heads import Head
+from vitrail.metrics.linear_probe import LinearProbe, ProbeAgreement, fit_linear_probe
 from vitrail.metrics.places import place_in
 from vitrail.progress import SILENT, Progress
 from vitrail.provenance import VERSION
@@ -184,6 +185,24 @@ def control_sample(
     return next(iter(reader))
 
 
+def probe_of(store: Store, point: str | None, tokens: str | None, *, seed: int = 0) -> LinearProbe:
+    """A linear probe of a store's labelled images, one row each. Raises ValueError where an image has several rows, or
+    no label.
+    """
+    point = store.default_point(point)
+    kind = store.kind(point, tokens)
+    if store.tokens_per_image(point, kind) != 1:
+        raise ValueError(
+            f"a linear probe reads one row an image, and {store.path} holds {store.tokens_per_image(point, kind)} of "
+            f"{point} ({kind}). It is for coders of image embeddings, of CLS tokens or of pooled rows."
+        )
+    labels = store.images()["label"][: store.n_images].tolist()
+    if None in labels:
+        raise ValueError(f"a linear probe needs labels, and image {labels.index(None)} of {store.path} has none.")
+    rows = torch.cat([x[:, 0].float() for _, x in store.image_batches(point, kind)])
+    return fit_linear_probe(rows, torch.tensor(labels, dtype=torch.long), seed=seed)
+
+
 def joined_sample(
     about: Mapping[str, Any], store: Store | None = None, *, seed: int, n_rows: int = CONTROL_ROWS
 ) -> Float[Tensor, "n d_row"]:
@@ -212,6 +231,7 @@ def evaluate(
     metrics: str = "",
     faithfulness: int = 0,
     metadata: Mapping[str, Mapping[str, Any]] | None = None,
+    probe: LinearProbe | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Prisma's table, and the `metrics` of metrics/groups.py in the same pass, as JSON lines in `path`. A file of rows
@@ -219,9 +239,14 @@ def evaluate(
 
     `faithfulness`: on so many images also necessity and sufficiency of what attribution names (faithfulness.py),
     of SAEs, which a head is needed for. `metadata`: of coders by name, for what training says of dead latents.
+    `probe`: a linear probe of the same rows, for what it makes of reconstructions (`probe_of`).
     """
     kinds = chosen(metrics)
-    also = ({"metrics": list(kinds)} if kinds else {}) | ({"faithfulness": faithfulness} if faithfulness else {})
+    also: dict[str, Any] = ({"metrics": list(kinds)} if kinds else {}) | (
+        {"faithfulness": faithfulness} if faithfulness else {}
+    )
+    if probe is not None:
+        also["probe"] = tensors_digest({"weight": probe.weight, "bias": probe.bias, "mean": probe.mean})
     asked = request_of(backbone, images, coders, {**options, **also})
     if path.is_file():
         rows = read_rows(path)
@@ -230,6 +255,7 @@ def evaluate(
         if rows and not replace_rows:
             raise ValueError(f"{path} holds rows of another evaluation. Choose another file, or delete it.")
     factories = [kind.make for kind in kinds.values()]
+    factories += [] if probe is None else [lambda setting: ProbeAgreement(setting, probe=probe)]
     table: list[Row] = prisma_table(backbone, images, coders, metrics=factories, **options)
     rows = [{**row.to_json(), "request": asked} for row in table]
     for row in rows:
