@@ -79,6 +79,20 @@ def test_a_transcoder_is_measured_where_it_writes_and_a_crosscoder_at_its_points
     main(["eval", f"{run}/coders/transcoder", *TEST, "--out", f"{run}/transcoder.jsonl", "--head", "zero-shot"])
 
 
+def test_coders_of_several_points_are_put_in_together(run, tmp_path, capsys):
+    main(
+        ["train", "topk", f"{run}/store", f"{tmp_path}/second", "--point", POINTS[1], "--k", "8", "--d-sae", "192"]
+        + ["--epochs", "2", "--batch-size", "512", "--device", "cpu"]
+    )
+    both = [f"{run}/coders/topk", f"{tmp_path}/second"]
+    main(["eval", *both, *TEST, "--together", "--out", f"{tmp_path}/e.jsonl", "--head", "zero-shot"])
+    rows = {row["name"]: row for row in rows_of(tmp_path / "e.jsonl")}
+    assert {"topk + second", *(f"topk + second @ {point}" for point in POINTS)} <= set(rows)
+    assert rows["topk + second"]["measured"]["recon_ce"]["definition"].endswith("in-turn")
+    told = fails(capsys, "eval", both[0], both[0], *TEST, "--together", "--out", tmp_path / "no.jsonl")
+    assert "a set has one for each point" in told
+
+
 def test_a_linear_probe_of_cls_tokens(run, tmp_path, capsys):
     main(
         ["extract", "world:shapes?n=96", f"{tmp_path}/store", "--backbone", "toy/clip", "--tokens", "cls"]

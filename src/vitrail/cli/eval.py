@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,16 @@ from vitrail.metrics.heads import Head, ZeroShotHead, fit_linear_head, own_head,
 from vitrail.metrics.substitution import raw_name_head
 from vitrail.progress import Terminal
 from vitrail.store import Store
-from vitrail.studies.first_look import control_sample, evaluate, joined_sample, load_coders, probe_of
+from vitrail.studies.first_look import (
+    control_sample,
+    evaluate,
+    joined_sample,
+    load_coders,
+    load_set,
+    probe_of,
+    set_sample,
+)
+from vitrail.studies.prisma_table import Coders
 from vitrail.studies.table_text import print_table
 
 
@@ -42,6 +51,7 @@ def eval_verb(
     controls: bool = True,
     metrics: str = "",
     random_backbone: bool = False,
+    together: bool = False,
     linear_probe: bool = False,
     faithfulness: int = 0,
     split: str | None = None,
@@ -70,10 +80,11 @@ def eval_verb(
         store: where controls are fitted (default: the store the first coder was trained on)
         metrics: beside Prisma's table, in the same pass: all, prisma, msae, or names (docs/metrics.md)
         random_backbone: a control more: the same coder on the same model with random weights
+        together: the coders are SAEs of several points: each alone, then all put in at once
         linear_probe: fitted on the labelled images of the store, for MSAE's LP columns (one row an image: CLS, pooled)
         faithfulness: on so many images, does the answer hang on the latents that attribution names (needs a head)
     """
-    loaded, about = load_coders(list(coders), pick_device(device))
+    loaded, about, several = loaded_coders(coders, together, pick_device(device))
     for needed in ("point", "tokens", "backbone"):
         if needed not in about and not (needed == "backbone" and backbone):
             raise ValueError(f"{coders[0]} does not say its {needed}: it was not trained by `vitrail train`.")
@@ -87,12 +98,7 @@ def eval_verb(
     n_workers = pick_workers(workers)
     sample = None
     if controls:
-        fitted_on = Store.open(store or about["store"])
-        sample = (
-            joined_sample(about, fitted_on, seed=seed)
-            if "parts" in about
-            else control_sample(fitted_on, about["point"], about["tokens"], seed=seed)
-        ).to(pick_device(device))
+        sample = sample_for(about, several, store, seed)
     rows = evaluate(
         out,
         model,
@@ -119,6 +125,28 @@ def eval_verb(
     )
     print_table(rows)
     print(f"{len(rows)} rows in {out}")
+
+
+def loaded_coders(
+    paths: Sequence[Path], together: bool, device: torch.device
+) -> tuple[Coders, dict[str, Any], list[dict[str, Any]]]:
+    """Coders by name, what they share, and, of a set, what each says of itself."""
+    if not together:
+        return *load_coders(list(paths), device), []
+    found, several = load_set(list(paths), device)
+    return {" + ".join(path.resolve().name for path in paths): found}, several[0], several
+
+
+def sample_for(
+    about: dict[str, Any], several: list[dict[str, Any]], store: Path | None, seed: int
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Training rows on which controls are fitted: of one point, of the points of a coder, or of each of a set."""
+    if several:
+        return set_sample(several, seed=seed)
+    fitted_on = Store.open(store or about["store"])
+    if "parts" in about:
+        return joined_sample(about, fitted_on, seed=seed)
+    return control_sample(fitted_on, about["point"], about["tokens"], seed=seed)
 
 
 def pick_head(

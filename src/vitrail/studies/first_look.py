@@ -35,7 +35,7 @@ from vitrail.progress import SILENT, Progress
 from vitrail.provenance import VERSION
 from vitrail.store import ActivationStream, Store, extract
 from vitrail.store.joined import JoinedSource, Part
-from vitrail.studies.prisma_table import Row, prisma_table
+from vitrail.studies.prisma_table import Coders, Row, prisma_table
 from vitrail.studies.report import Indexed, write_report
 from vitrail.studies.truth_concepts import read_concepts
 from vitrail.studies.truth_recovery import truth_recovery
@@ -225,7 +225,7 @@ def evaluate(
     path: Path,
     backbone: Backbone,
     images: ImageSource,
-    coders: Mapping[str, SparseCoder],
+    coders: Coders,
     *,
     replace_rows: bool = False,
     metrics: str = "",
@@ -273,7 +273,7 @@ def _add_faithfulness(
     rows: list[dict[str, Any]],
     backbone: Backbone,
     images: ImageSource,
-    coders: Mapping[str, SparseCoder],
+    coders: Coders,
     n_images: int,
     options: Mapping[str, Any],
 ) -> None:
@@ -282,18 +282,15 @@ def _add_faithfulness(
     shared = {name: options[name] for name in ("n_workers", "n_bootstrap", "seed", "progress") if name in options}
     where = {"point": options["point"], "tokens": options["tokens"], "head": options["head"]}
     for row in rows:
-        if row["name"] in coders and not isinstance(coders[row["name"]], Transcoder | MultiSource):
-            measured, curves, cost = causal_faithfulness(
-                backbone, images, coders[row["name"]], limit=n_images, **where, **shared
-            )
+        coder = coders.get(row["name"])
+        if isinstance(coder, SparseCoder) and not isinstance(coder, Transcoder | MultiSource):
+            measured, curves, cost = causal_faithfulness(backbone, images, coder, limit=n_images, **where, **shared)
             row["measured"] |= {name: one.to_json() for name, one in measured.items()}
             row["curves"] = {**row.get("curves", {}), **curves}
             row["cost"] = {**row["cost"], "faithfulness": cost}
 
 
-def request_of(
-    backbone: Backbone, images: ImageSource, coders: Mapping[str, SparseCoder], options: Mapping[str, Any]
-) -> str:
+def request_of(backbone: Backbone, images: ImageSource, coders: Coders, options: Mapping[str, Any]) -> str:
     """A digest of everything that decides the table's numbers."""
     sample, head = options.get("control_sample"), options.get("head")
     plain = {k: v for k, v in options.items() if k not in ("control_sample", "head", "progress", "n_workers")}
@@ -304,12 +301,23 @@ def request_of(
             **plain,
             "backbone": [backbone.digest, backbone.preprocess.to_json()],
             "images": images.fingerprint(),
-            "coders": {n: [c.name, c.config, tensors_digest(c.state_dict())] for n, c in coders.items()},
+            "coders": {name: _said_of(coder) for name, coder in coders.items()},
             "vitrail": VERSION,
-            "control_sample": None if sample is None else tensors_digest({"x": sample}),
+            "control_sample": None if sample is None else tensors_digest(_as_mapping(sample)),
             "head": None if head is None else [head.kind, head.logit_scale, head_digest(head)],
         }
     )
+
+
+def _said_of(coder: SparseCoder | Mapping[str, SparseCoder]) -> Any:
+    """Name, configuration and digest; of a set, those of each point."""
+    if isinstance(coder, SparseCoder):
+        return [coder.name, coder.config, tensors_digest(coder.state_dict())]
+    return {point: _said_of(one) for point, one in coder.items()}
+
+
+def _as_mapping(sample: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return {"x": sample} if isinstance(sample, Tensor) else sample
 
 
 def head_digest(head: Head) -> str:
@@ -375,6 +383,29 @@ def report_folder(
         notes=notes,
         progress=progress,
     )
+
+
+def load_set(paths: Sequence[Path], device: torch.device) -> tuple[dict[str, SparseCoder], list[dict[str, Any]]]:
+    """SAEs of several points of one model, to be put in together: by point, and what each says of itself."""
+    about = [coder_metadata(path) for path in paths]
+    for name in ("tokens", "backbone", "backbone_digest"):
+        found = {str(one.get(name)) for one in about}
+        if len(found) > 1:
+            raise ValueError(f"these coders have different {name}s ({', '.join(sorted(found))}): they make no set.")
+    points = [one["point"] for one in about]
+    if len(set(points)) < len(points):
+        raise ValueError(f"two of these coders are of {max(points, key=points.count)}: a set has one for each point.")
+    return {one["point"]: load_coder(path, device=device) for path, one in zip(paths, about, strict=True)}, about
+
+
+def set_sample(
+    about: Sequence[Mapping[str, Any]], *, seed: int, n_rows: int = CONTROL_ROWS
+) -> dict[str, Float[Tensor, "n _"]]:
+    """Aligned training rows of a set's points. Their stores must hold the same images in the same order."""
+    parts = [Part(Store.open(one["store"]), one["point"], one["tokens"]) for one in about]
+    source = JoinedSource(parts, batch_size=n_rows, seed=seed, prefetch=0)
+    rows = next(iter(source)).split(list(source.widths), 1)
+    return {one["point"]: part for one, part in zip(about, rows, strict=True)}
 
 
 def load_coders(paths: Sequence[Path], device: torch.device) -> tuple[dict[str, SparseCoder], dict[str, Any]]:
