@@ -18,6 +18,16 @@ FILES = {
     "Representation and dictionary": ("cknna", "orthogonality", "dead", "stability", "pareto"),
     "Curves and maps": ("progressive", "magnitudes", "frequency", "l0_maps"),
     "What the model does with it": ("faithfulness",),
+    "ViSAEBench": (
+        "moran",
+        "preservation",
+        "sparse_probing",
+        "monosemanticity",
+        "cross_domain",
+        "absorption",
+        "probe_projection",
+        "downstream",
+    ),
 }
 
 
@@ -74,8 +84,8 @@ its tag, the number of rows or images it was taken over, and, where it can have 
     vitrail figures eval.jsonl --out figures                            # curves, as vector and PNG, with their numbers
     vitrail check-table table.csv                                       # rows that cannot be, or contradict themselves
 
-`--metrics` takes names and groups: `prisma`, `msae`, `all`. Reconstruction, L0 and substitution are always measured;
-`--linear-probe` and `--faithfulness N` bring what needs a probe or a head of its own.
+`--metrics` takes names and groups: `prisma`, `msae`, `visae`, `all`. Reconstruction, L0 and substitution are always
+measured; `--linear-probe` and `--faithfulness N` bring what needs a probe or a head of its own.
 Each coder stands beside its controls, which may spend as many active latents: random directions, principal components,
 raw neurons, k-means, the untrained coder, and with `--random-backbone` the same coder on the same model with random
 weights.

@@ -40,7 +40,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None, where: str = ""
             result = db.execute(query).fetchnumpy()
         except duckdb.Error as error:
             raise ValueError(f"{path} is not a readable Parquet table: {error}") from error
-    return {name: _unmasked(values) for name, values in result.items()}
+    return {name: _unmasked(np.ma.asanyarray(values)) for name, values in result.items()}
 
 
 def _array(values: Any) -> np.ndarray:

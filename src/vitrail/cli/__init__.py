@@ -24,6 +24,7 @@ VERBS = {
     "figures": "the curves of eval, drawn: vector, PNG, and their numbers",
     "check-table": "published or own tables: rows that cannot be, or contradict themselves",
     "recover": "which concepts of a world coders recover, beside controls",
+    "study": "backbones x coders x seeds from one file, resumed cell by cell",
     "report": "one self-contained HTML page of a run folder",
     "hub": "publish and fetch coders: hub push, hub pull",
     "points": "the hook points of a backbone",

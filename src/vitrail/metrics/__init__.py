@@ -40,6 +40,21 @@ def _recovery(level: str, of: str) -> dict[str, Measure]:
     return measures
 
 
+def _moran(name: str, of: str) -> dict[str, Measure]:
+    """What spatial coherence measures; metrics/moran.py."""
+    return {
+        name: Measure("Moran's I" if name == "moran" else "raw I", "", "higher", 3, f"mean Moran's I of {of}"),
+        f"{name}_median": Measure("I median", "", "higher", 3, f"median over {of}"),
+        f"{name}_iqr": Measure("I IQR", "", "", 3, f"interquartile range over {of}"),
+        f"{name}_weighted": Measure("I weighted", "", "higher", 3, f"mean over {of}, weighted by activation"),
+        f"{name}_latents": Measure("I latents", "latents", "", 0, "how many could be measured"),
+        f"{name}_evaluable": Measure("I evaluable", "", "", 3, "share of all that could be measured"),
+        f"{name}_null": Measure("I null", "", "", 4, "mean under permutations, -1 / (patches - 1)"),
+        f"{name}_z": Measure("z of I", "", "", 1, "distance from the null in standard errors over latents"),
+        f"{name}_null_sized": Measure("null-sized", "", "", 0, "1 where I is within .01 of the null, by two 5 % tests"),
+    }
+
+
 MEASURES: dict[str, Measure] = {
     "explained_variance": Measure("EV", "", "higher", 3, "1 - FVU; ratio of sums over all rows"),
     "fvu": Measure("FVU", "", "lower", 3, "fraction of variance unexplained; ratio of sums over all rows"),
@@ -125,6 +140,60 @@ MEASURES: dict[str, Measure] = {
         for curve in ("deletion", "insertion")
         for order in ("attribution", "random", "matched")
     },
+    # ViSAEBench's
+    **_moran("moran", "latents' maps"),
+    **_moran("raw_moran", "maps of the raw dimensions"),
+    "moran_p": Measure("p of I", "", "", 4, "median p of sampled maps under permutations of their patches"),
+    "moran_pairs_above": Measure("I > permuted", "", "higher", 3, "share of sampled maps with p below .05"),
+    "moran_visaebench": Measure("I (package)", "", "higher", 3, "as visaebench 0.1 computes it"),
+    "moran_visaebench_median": Measure("I med. (package)", "", "higher", 3, "its median"),
+    "moran_visaebench_non_localized": Measure(
+        "not local (package)", "", "", 3, "its share of latents that it leaves out"
+    ),
+    "moran_visaebench_latents": Measure("latents (package)", "latents", "", 0, "its number of latents"),
+    "ovr_auc_1": Measure("AUC k=1", "", "higher", 3, "mean over classes of a one-vs-rest probe's AUC, best latent"),
+    "ovr_auc_1_classes": Measure("AUC k=1 (classes)", "", "higher", 3, "the same, interval over classes"),
+    "ovr_auc_128": Measure("AUC k=128", "", "higher", 3, "the same with the 128 best latents"),
+    "ovr_auc_128_classes": Measure("AUC k=128 (classes)", "", "higher", 3, "the same, interval over classes"),
+    "multi_acc_128": Measure("top-1 k=128", "", "higher", 3, "accuracy of one probe of all classes on 128 latents"),
+    "multi_acc_128_classes": Measure("top-1 k=128 (classes)", "", "higher", 3, "the same, interval over classes"),
+    "k_acc_area": Measure("k-acc area", "", "higher", 3, "area under accuracy over log k"),
+    "k_acc_area_visaebench": Measure("k-acc area (package)", "", "higher", 3, "as visaebench 0.1 computes it"),
+    "absorption": Measure("absorbed (M7)", "", "lower", 3, "share of classes with F1(1) < .8 and F1(4) > .5"),
+    "absorption_train": Measure("absorbed (train)", "", "lower", 3, "the same, F1 of training images"),
+    "absorption_groups": Measure("sibling groups", "", "", 0, "groups of siblings that were asked"),
+    "absorption_unread": Measure("unread", "", "lower", 3, "share of classes that four latents do not tell"),
+    "absorption_visaebench": Measure("absorbed (package)", "", "lower", 3, "as visaebench 0.1 computes it"),
+    "absorption_full": Measure(
+        "absorbed (probe)", "", "lower", 3, "SAEBench's rule: another latent took the probe's place"
+    ),
+    "absorption_share": Measure("absorbed part", "", "lower", 3, "share of the probe's projection that others carry"),
+    "feature_splits": Measure("splits", "latents", "lower", 2, "latents it takes to tell a class"),
+    "child_absorbed": Measure("child absorbed", "", "lower", 3, "parent's latent off, the child's on, in its images"),
+    "child_missed": Measure("child missed", "", "lower", 3, "parent's latent off in the child's images"),
+    "child_elsewhere": Measure("elsewhere", "", "", 3, "parent's latent off in its other images"),
+    "monosemanticity": Measure("M5", "", "higher", 3, "mean similarity of a latent's top images, weighted"),
+    "monosemanticity_unweighted": Measure("M5 unweighted", "", "higher", 3, "the same, all pairs alike"),
+    "monosemanticity_baseline": Measure("M5 baseline", "", "", 3, "the same of random groups of images, exactly"),
+    "monosemanticity_pool_baseline": Measure("M5 pool", "", "", 3, "of random groups of top images"),
+    "monosemanticity_normalized": Measure("M5 normalized", "", "higher", 3, "(M5 - baseline) / (1 - baseline)"),
+    "monosemanticity_normalized_pool": Measure(
+        "M5 norm. (pool)", "", "higher", 3, "the same about the pool's baseline"
+    ),
+    "monosemanticity_within": Measure("M5 within", "", "higher", 3, "of pairs of one class"),
+    "monosemanticity_between": Measure("M5 between", "", "higher", 3, "of pairs of two classes"),
+    "monosemanticity_within_share": Measure("pairs within", "", "", 3, "share of pairs that are of one class"),
+    "monosemanticity_within_part": Measure("part within", "", "", 3, "what pairs of one class bring to M5"),
+    "monosemanticity_between_part": Measure("part between", "", "", 3, "what pairs of two classes bring"),
+    "monosemanticity_dead": Measure("M5 dead", "latents", "lower", 0, "latents that never fire"),
+    "monosemanticity_too_few": Measure("M5 too few", "latents", "lower", 0, "latents with too few images"),
+    "preservation": Measure("preserved", "", "higher", 3, "accuracy of a probe of raw features, on x_hat over on x"),
+    "preservation_same": Measure("same answer", "", "higher", 3, "share of images whose probe answer stays"),
+    "preservation_refit": Measure("preserved (refit)", "", "higher", 3, "the same, the probe of x_hat fitted on x_hat"),
+    "preservation_visaebench": Measure("preserved (package)", "", "higher", 3, "as visaebench 0.1 computes it"),
+    "probe_accuracy": Measure("probe top-1", "", "", 3, "accuracy of the probe on x, pooled"),
+    "recon_probe_accuracy": Measure("recon probe top-1", "", "higher", 3, "accuracy of that probe on x_hat, pooled"),
+    "recon_refit_accuracy": Measure("refit top-1", "", "higher", 3, "accuracy of a probe fitted on x_hat"),
     # of several seeds
     "stability_decoder": Measure(
         "stab. dec", "", "higher", 3, "mean cosine of matched decoder directions of two seeds"

@@ -13,6 +13,7 @@ from vitrail.metrics.dead import Dead
 from vitrail.metrics.frequency import FiringFrequency
 from vitrail.metrics.l0_maps import L0Maps
 from vitrail.metrics.magnitudes import Magnitudes
+from vitrail.metrics.moran import RawCoherence, SpatialCoherence
 from vitrail.metrics.msae_reconstruction import MSAEReconstruction
 from vitrail.metrics.orthogonality import DecoderOrthogonality
 from vitrail.metrics.passing import Metric, Setting
@@ -48,6 +49,8 @@ KINDS: dict[str, Kind] = {
     "dead": Kind(Dead, "msae", "codes", "under 1 %"),
     "progressive": Kind(_progressive, "msae", "rows, codes", "15 %"),
     "magnitudes": Kind(Magnitudes, "msae", "codes", "1 %"),
+    "moran": Kind(SpatialCoherence, "visae", "codes of all patches", "0.5 ms an image"),
+    "raw_moran": Kind(RawCoherence, "visae", "rows of all patches", "more than encoding a narrow coder"),
 }
 GROUPS = tuple(dict.fromkeys(kind.group for kind in KINDS.values()))
 

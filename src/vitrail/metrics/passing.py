@@ -5,8 +5,9 @@ keeps sums, or a bounded sample; nothing of size rows x d_sae. At the end it giv
 small tables that are drawn rather than read (a histogram's bins, a number at each k, a map of patches).
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,3 +78,12 @@ class Metric(ABC):
     def curves(self) -> dict[str, Curve]:
         """Name -> table. Values only; drawing is studies/figures.py's."""
         return {}
+
+
+def finite(value: Any) -> Any:
+    """NaN and infinities as None: they are no JSON."""
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

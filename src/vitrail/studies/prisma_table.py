@@ -42,7 +42,7 @@ from vitrail.images.base import ImageSource
 from vitrail.images.loader import load_batches
 from vitrail.metrics.heads import Head
 from vitrail.metrics.measured import Measured
-from vitrail.metrics.passing import Curve
+from vitrail.metrics.passing import Curve, finite
 from vitrail.metrics.places import Place, place_of
 from vitrail.metrics.substitution import RAW_NAMES, substitution_metrics
 from vitrail.progress import SILENT, Progress
@@ -73,7 +73,7 @@ class Row:
             "control_of": self.control_of,
             "measured": {name: value.to_json() for name, value in self.measured.items()},
             **self.about,
-            **({"curves": _finite(self.curves)} if self.curves else {}),
+            **({"curves": finite(self.curves)} if self.curves else {}),
         }
 
 
@@ -356,12 +356,3 @@ def in_order(rows: Sequence[tuple[str, Row]], given: Sequence[str]) -> list[Row]
         coders = sorted((row for row in own if row.control_of is None), key=lambda row: row.name != name)
         found += [one for coder in coders for one in (coder, *(row for row in own if row.control_of == coder.name))]
     return found
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinities as None: they are no JSON."""
-    if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -31,7 +31,7 @@ from vitrail.files import json_digest, read_json, replacing, tensors_digest, wri
 from vitrail.images import open_images
 from vitrail.memory import reused_memory
 from vitrail.metrics.measured import Measured
-from vitrail.metrics.passing import Curve
+from vitrail.metrics.passing import Curve, finite
 from vitrail.progress import SILENT, Progress
 from vitrail.provenance import VERSION, peak_memory_mb, provenance
 from vitrail.store import Store, extract
@@ -321,7 +321,7 @@ def _run_cell(
         "config": coder.config,
         "coder_digest": tensors_digest(coder.state_dict()),
         "measured": {name: one.to_json() for name, one in measured.items()},
-        "curves": curves,
+        "curves": finite(curves),
         "cost": {
             "train_seconds": round(trained - began, 2),
             "measure_seconds": round(time.monotonic() - trained, 2),
