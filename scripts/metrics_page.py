@@ -87,8 +87,8 @@ its tag, the number of rows or images it was taken over, and, where it can have 
 `--metrics` takes names and groups: `prisma`, `msae`, `visae`, `all`. Reconstruction, L0 and substitution are always
 measured; `--linear-probe` and `--faithfulness N` bring what needs a probe or a head of its own.
 Each coder stands beside its controls, which may spend as many active latents: random directions, principal components,
-raw neurons, k-means, the untrained coder, and with `--random-backbone` the same coder on the same model with random
-weights.
+raw neurons, k-means, the untrained coder, and with `--metrics all` the same coder on the same model with random weights
+(`--random-backbone False` leaves it out: it doubles the forward passes).
 
 Truth recovery, where the truth is known, has [a page of its own](truth.md).
 

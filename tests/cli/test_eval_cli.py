@@ -42,7 +42,7 @@ def test_all_metrics_in_one_pass_and_what_is_made_of_their_rows(run, capsys):
     out = run / "eval.jsonl"
     main(
         ["eval", f"{run}/coders/topk", *TEST, "--out", str(out), "--head", "zero-shot", "--metrics", "all"]
-        + ["--random-backbone", "--faithfulness", "4", "--templates", "{}", "--substitution", "all-tokens"]
+        + ["--faithfulness", "4", "--templates", "{}", "--substitution", "all-tokens"]
     )
     rows = rows_of(out)
     coder = rows[0]

@@ -50,7 +50,7 @@ def eval_verb(
     store: Path | None = None,
     controls: bool = True,
     metrics: str = "",
-    random_backbone: bool = False,
+    random_backbone: bool | None = None,
     together: bool = False,
     linear_probe: bool = False,
     faithfulness: int = 0,
@@ -79,7 +79,8 @@ def eval_verb(
         substitution: on the tokens a coder was trained on, or on all, as Prisma's code does
         store: where controls are fitted (default: the store the first coder was trained on)
         metrics: beside Prisma's table, in the same pass: all, prisma, msae, or names (docs/metrics.md)
-        random_backbone: a control more: the same coder on the same model with random weights
+        random_backbone: a control more: the same coder on the same model with random weights (default: with controls
+            and --metrics all)
         together: the coders are SAEs of several points: each alone, then all put in at once
         linear_probe: fitted on the labelled images of the store, for MSAE's LP columns (one row an image: CLS, pooled)
         faithfulness: on so many images, does the answer hang on the latents that attribution names (needs a head)
@@ -114,7 +115,7 @@ def eval_verb(
         faithfulness=faithfulness,
         probe=probe_of(Store.open(store or about["store"]), about["point"], about["tokens"]) if linear_probe else None,
         metadata={path.resolve().name: coder_metadata(path) for path in coders},
-        random_backbone="encode" if random_backbone else None,
+        random_backbone="encode" if wants_random_backbone(random_backbone, controls, metrics) else None,
         limit=limit,
         substitution=substitution,
         batch_size=batch_size,
@@ -125,6 +126,10 @@ def eval_verb(
     )
     print_table(rows)
     print(f"{len(rows)} rows in {out}")
+
+
+def wants_random_backbone(asked: bool | None, controls: bool, metrics: str) -> bool:
+    return controls and "all" in metrics.split(",") if asked is None else asked
 
 
 def loaded_coders(
