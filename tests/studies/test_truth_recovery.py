@@ -20,7 +20,7 @@ from vitrail.metrics.truth import Firing, Truth
 from vitrail.statistics import ActivationStats
 from vitrail.studies import truth_recovery as module
 from vitrail.studies.calibration import calibrate, calibration_picture
-from vitrail.studies.seeds import over_seeds, t_quantile
+from vitrail.studies.seeds import check_seeds, over_seeds, t_quantile
 from vitrail.studies.table_text import print_recovery
 from vitrail.studies.truth_concepts import concept_of_latents, is_recovered, read_concepts
 from vitrail.studies.truth_recovery import (
@@ -271,6 +271,15 @@ def test_means_over_seeds_have_students_interval_by_hand():
         assert t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=0.01)
     with pytest.raises(ValueError, match="at least 2 of them, got 1"):
         t_quantile(0)
+
+
+def test_one_coder_under_two_names_is_no_two_seeds():
+    with pytest.raises(ValueError, match="x#0 and x#1 are one coder, weight for weight"):
+        check_seeds({"x#0": "d", "y#0": "d", "x#1": "d"})
+    check_seeds({"x#0": "d", "y#0": "d", "plain": "d", "other": "d", "x#1": "e"})
+    rows = [{**row(f"a#{i}", image_f1=0.2), "coder_digest": "same"} for i in range(2)]
+    with pytest.raises(ValueError, match="--coder-seed 1 --data-seed 1"):
+        over_seeds(rows)
 
 
 def test_a_control_is_shown_by_its_better_variant_number_by_number():

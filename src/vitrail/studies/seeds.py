@@ -1,7 +1,7 @@
 """Rows of several training seeds, "NAME#0", "NAME#1", ..., put together: means, with t intervals over the seeds."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each name with several seeds ("topk#0", "topk#1"): means, and Student's t intervals over the seeds.
 
     The interval says how much another seed would change, on the same pictures; those of the single rows, over
-    pictures, say what other pictures would.
+    pictures, say what other pictures would. Raises ValueError where two of them are one coder (`check_seeds`).
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -26,12 +26,26 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     out = []
     for name, group in groups.items():
         if len(group) > 1:
+            check_seeds({row["name"]: row["coder_digest"] for row in group if "coder_digest" in row})
             shared = {k: v for k, v in group[0].items() if k not in ("config", "coder_digest", "cost", "curves")}
             measures = [m for m in group[0]["measured"] if all(m in row["measured"] for row in group)]
             measured = {m: _over_seeds([row["measured"][m] for row in group]) for m in measures}
             seeds = [row["name"] for row in group]
             out.append({**shared, "name": name, "kind": "mean", "seeds": seeds, "measured": measured})
     return out
+
+
+def check_seeds(digests: Mapping[str, str]) -> None:
+    """Raises ValueError if two seeds of one name have the same weights: an interval over them would have no width."""
+    first: dict[tuple[str, str], str] = {}
+    for name, digest in digests.items():
+        stem, marked, _ = name.partition("#")
+        other = first.setdefault((stem, digest), name) if marked else name
+        if other != name:
+            raise ValueError(
+                f"{other} and {name} are one coder, weight for weight, and no two seeds. A seed has starting weights "
+                "and an order of rows of its own: vitrail train --coder-seed 1 --data-seed 1."
+            )
 
 
 def _over_seeds(values: Sequence[dict[str, Any]]) -> dict[str, Any]:

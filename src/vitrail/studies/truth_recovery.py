@@ -41,7 +41,7 @@ from vitrail.progress import SILENT, Progress
 from vitrail.provenance import VERSION, peak_memory_mb, provenance
 from vitrail.statistics import ActivationStats
 from vitrail.studies.prisma_table import matched_l0
-from vitrail.studies.seeds import over_seeds
+from vitrail.studies.seeds import check_seeds, over_seeds
 from vitrail.studies.truth_concepts import write_concepts
 from vitrail.studies.truth_splits import Split, read_split, sample_patches
 
@@ -91,6 +91,7 @@ def truth_recovery(
     """
     if choose.fingerprint() == score.fingerprint():
         raise ValueError(f"latents must be chosen on other pictures than they are scored on; both are {choose.spec}.")
+    check_seeds({name: tensors_digest(coder.state_dict()) for name, coder in coders.items()})
     out = Path(out)
     options = {
         "point": point,
