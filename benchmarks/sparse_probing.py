@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 
 from vitrail.coders.sparse import Codes
 from vitrail.metrics.class_sums import ClassSums, ranking
+from vitrail.metrics.column_probes import columns, fit_columns
 from vitrail.metrics.logistic_probes import Probes
-from vitrail.metrics.sparse_probing import KS, columns, fit_columns, sparse_probing
+from vitrail.metrics.sparse_probing import KS, sparse_probing
 
 SIBLINGS = 10
 

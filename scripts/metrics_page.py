@@ -80,15 +80,26 @@ its tag, the number of rows or images it was taken over, and, where it can have 
 
     vitrail eval CODER --images ... --out eval.jsonl --metrics all      # one pass: the coder encodes once
     vitrail table prisma eval.jsonl                                     # a paper's layout; msae, and -published
+    vitrail table prisma eval.jsonl --paired                            # each coder less each of its controls
     vitrail compare eval.jsonl --a "topk*" --b "matryoshka*"            # at equal L0, never extrapolated
     vitrail figures eval.jsonl --out figures                            # curves, as vector and PNG, with their numbers
+    vitrail modality IMAGES TEXTS --images ... --out both.jsonl         # coders of images and of texts, each on both
     vitrail check-table table.csv                                       # rows that cannot be, or contradict themselves
 
 `--metrics` takes names and groups: `prisma`, `msae`, `visae`, `all`. Reconstruction, L0 and substitution are always
 measured; `--linear-probe` and `--faithfulness N` bring what needs a probe or a head of its own.
 Each coder stands beside its controls, which may spend as many active latents: random directions, principal components,
 raw neurons, k-means, the untrained coder, and with `--metrics all` the same coder on the same model with random weights
-(`--random-backbone False` leaves it out: it doubles the forward passes).
+(`--random-backbone none` leaves it out: it doubles the forward passes). `--random-backbone train` adds the other
+reading, "trained on random backbone": a coder of the same architecture, size, seed and steps that is trained on the
+random model's activations of the same training images, once, and kept in a folder beside `--out`.
+
+Rows of one pass are over the same images, so each coder's row also holds `paired`: by the name of each of its controls
+and of each other coder at its place, every measure less theirs, with a 95 % interval of the difference. Both numbers
+come from the same resamples of images, so what makes an image hard for both cancels: two intervals may overlap where
+the difference is plain. `vitrail eval` prints them, `vitrail table ... --paired` writes them in every form, and
+`--against NAME` takes the difference from another row. Where a number's interval is not over images (CKNNA's is a
+jackknife over groups of rows; what is of a decoder alone has none), it has no paired one: a dash.
 
 Truth recovery, where the truth is known, has [a page of its own](truth.md).
 

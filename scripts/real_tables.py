@@ -15,7 +15,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,8 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from real_first_look import CLIP_CONFIG, SHARED, coco_table, dequantised
 from vitrail.backbones import Backbone, load
@@ -34,14 +32,13 @@ from vitrail.images import ImageSource, open_images
 from vitrail.metrics.groups import chosen
 from vitrail.metrics.heads import Head, ZeroShotHead, own_head
 from vitrail.metrics.linear_probe import LinearProbe, ProbeAgreement, fit_linear_probe
-from vitrail.metrics.measured import Measured, over_images
-from vitrail.metrics.passing import Metric, Seen, Setting
+from vitrail.metrics.passing import Seen, Setting
 from vitrail.metrics.stability import Stability
 from vitrail.store import Store, extract
 from vitrail.studies.figures import figures
 from vitrail.studies.first_look import CoderPlan, coder_about, read_rows, request_of
 from vitrail.studies.paper_tables import LAYOUTS, paper_table
-from vitrail.studies.prisma_table import Row, prisma_table
+from vitrail.studies.prisma_table import Row, prisma_table, with_pairs
 from vitrail.training import TrainConfig, train
 
 CONTROL_ROWS = 20_000
@@ -283,23 +280,17 @@ def measured(
 
     Controls stand beside the first coder: at one L0 and one d_sae the others have the same, but for "untrained".
     """
-    path, compared_path = (out / f"{layer_of(point)}-{tokens}{end}" for end in (".jsonl", ".pairs.json"))
+    path = out / f"{layer_of(point)}-{tokens}.jsonl"
     first = next(iter(coders))
     n_learn = learning_images(store)
     reader = store.reader(point, tokens=tokens, images=(0, n_learn), batch_size=CONTROL_ROWS, prefetch=0)
     options: dict[str, Any] = {"point": point, "tokens": tokens, "head": job.head, "limit": job.limit}
     asked = request_of(job.backbone, job.eval_images, coders, {**options, "metrics": ["all"]})
-    if path.is_file() and compared_path.is_file():
+    if path.is_file():
         rows = read_rows(path)
-        if rows and all(row["request"] == asked for row in rows):
-            return rows, json.loads(compared_path.read_text())
-    kept: list[SquaredErrors] = []
-
-    def keep(setting: Setting) -> Metric:
-        kept.append(SquaredErrors(setting.coder))
-        return kept[-1]
-
-    metrics = [keep, *(kind.make for kind in chosen("all").values())]
+        if rows and "paired" in rows[0] and all(row["request"] == asked for row in rows):
+            return rows, compared_with(first, rows)
+    metrics = [kind.make for kind in chosen("all").values()]
     if tokens == "cls" and job.groups is not None:
         with told(f"{layer_of(point)} linear probe"):
             probe = cls_probe(store, point, job.groups, n_learn)
@@ -322,13 +313,15 @@ def measured(
                 n_workers=job.n_workers,
                 **options,
             )
-    rows = [{**row.to_json(), "request": asked} for row in told_rows]
+    rows = [{**row.to_json(), "request": asked} for row in with_pairs(told_rows)]
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    own = {name: one for name, coder in coders.items() for one in kept if one.coder is coder}
-    compared = {name: difference(own[first], one).to_json() for name, one in own.items() if name != first}
-    write_json(compared_path, compared)
-    return rows, compared
+    return rows, compared_with(first, rows)
+
+
+def compared_with(first: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Explained variance of each coder less that of the first, over the same images."""
+    return {row["name"]: row["paired"][first]["explained_variance"] for row in rows if first in row.get("paired", {})}
 
 
 def cls_probe(store: Store, point: str, groups: Callable[[int], int], n_images: int) -> LinearProbe:
@@ -350,36 +343,6 @@ class GroupProbe(ProbeAgreement):
         if labels is not None and self._groups is not None:
             labels = torch.tensor([self._groups(int(label)) for label in labels])
         super().update(replace(seen, labels=labels))
-
-
-class SquaredErrors(Metric):
-    """Each image's squared error, and what its variance needs: two coders are compared image by image."""
-
-    def __init__(self, coder: SparseCoder) -> None:
-        self.coder = coder
-        self.errors: list[Tensor] = []
-        self.squares: list[Tensor] = []
-        self.sums: list[Float[Tensor, "b d"]] = []
-        self.n_tokens = 1
-
-    def update(self, seen: Seen) -> None:
-        target = seen.target.double()
-        self.errors.append((target - seen.x_hat.double()).square().sum((1, 2)))
-        self.squares.append(target.square().sum((1, 2)))
-        self.sums.append(target.sum(1))
-        self.n_tokens = seen.n_tokens
-
-    def compute(self, *, n_bootstrap: int = 1000, seed: int = 0) -> dict[str, Measured]:
-        return {}
-
-
-def difference(a: SquaredErrors, b: SquaredErrors) -> Measured:
-    """Explained variance of b less that of a, on the same images in the same order."""
-    sums, squares = torch.cat(a.sums), torch.cat(a.squares)
-    mean = sums.sum(0) / (len(sums) * a.n_tokens)
-    total = squares - 2 * sums @ mean + a.n_tokens * mean.square().sum()
-    columns = {"a": torch.cat(a.errors).numpy(), "b": torch.cat(b.errors).numpy(), "total": total.numpy()}
-    return over_images(columns, lambda c: (c["a"] - c["b"]) / c["total"], definition="paired")
 
 
 def stability_of(one: SparseCoder, two: SparseCoder) -> dict[str, Any]:

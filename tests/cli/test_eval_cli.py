@@ -2,12 +2,20 @@
 
 import csv
 import json
+import shutil
 
 import pytest
+import torch
 
+from vitrail.backbones import load
 from vitrail.cli import main
+from vitrail.cli.eval import random_mode
+from vitrail.coders import coder_metadata, load_coder
+from vitrail.images import load_batches, open_images
 from vitrail.metrics import MEASURES
 from vitrail.metrics.groups import KINDS
+from vitrail.metrics.reconstruction import fvu
+from vitrail.studies.prisma_controls import RandomWeights
 
 POINTS = ["blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"]
 TEST = ["--images", "world:shapes?n=20&split=test", "--workers", "0", "--device", "cpu", "--n-bootstrap", "20"]
@@ -108,6 +116,74 @@ def test_a_linear_probe_of_cls_tokens(run, tmp_path, capsys):
     assert 0 <= row["lp_agreement"]["value"] <= 1
     told = fails(capsys, "eval", run / "coders/topk", *TEST, "--out", tmp_path / "no.jsonl", "--linear-probe")
     assert "reads one row an image, and" in told
+
+
+def test_a_coder_trained_on_a_random_backbone_stands_beside(run, tmp_path, capsys):
+    out = tmp_path / "e.jsonl"
+    asked = ["eval", f"{run}/coders/topk", *TEST, "--out", str(out), "--head", "zero-shot", "--no-controls"]
+    main([*asked, "--random-backbone", "train"])
+    told = capsys.readouterr().out
+    rows = {row["name"]: row for row in rows_of(out)}
+    assert list(rows) == ["topk", "topk / random backbone", "topk / trained on random backbone"]
+    encoded, like = list(rows.values())[1:]
+    assert encoded["coder_digest"] == rows["topk"]["coder_digest"] != like["coder_digest"]
+    assert like["config"] == rows["topk"]["config"]
+    assert like["random_backbone"]["digest"] == encoded["random_backbone"]["digest"]
+    assert like["measured"]["fvu"]["value"] < encoded["measured"]["fvu"]["value"], "it was fitted to what it reads"
+    assert set(rows["topk"]["paired"]) == {encoded["name"], like["name"]}
+    assert "topk less trained on random backbone" in told
+    (folder,) = (tmp_path / "e.random").iterdir()  # the activations are gone, the coder is kept
+    before, after = (coder_metadata(one)["training"] for one in (run / "coders/topk", folder))
+    assert (after["steps"], after["rows"]) == (before["steps"], before["rows"])
+    assert after["request"]["config"] == before["request"]["config"]
+    kept = (folder / "weights.safetensors").stat().st_mtime_ns
+    out.unlink()
+    main([*asked, "--random-backbone", "train"])
+    assert (folder / "weights.safetensors").stat().st_mtime_ns == kept, "trained once"
+    again = rows_of(out)[2]
+    assert again["measured"] == like["measured"]
+    # Witness: its FVU on the random model's activations, by hand.
+    backbone = load("toy/clip")
+    source = open_images(TEST[1])
+    batch = next(load_batches(source, range(20), backbone.preprocess, batch_size=20))
+    with RandomWeights.of(backbone, seed=0).within(backbone), torch.inference_mode():
+        assert backbone.digest != rows["topk"]["backbone_digest"]
+        x = backbone.activations(batch.images, [POINTS[0]])[POINTS[0]].flatten(0, 1).clone()
+        x_hat = load_coder(folder)(x)
+    assert backbone.digest == rows["topk"]["backbone_digest"]
+    assert like["measured"]["fvu"]["value"] == pytest.approx(fvu(x, x_hat), rel=1e-3)
+
+
+def test_a_transcoder_too_and_what_cannot_be_trained_again_is_a_sentence(run, tmp_path, capsys):
+    asked = [*TEST, "--head", "none", "--no-controls", "--random-backbone", "train"]
+    main(["eval", f"{run}/coders/transcoder", *asked, "--out", f"{tmp_path}/t.jsonl"])
+    assert rows_of(tmp_path / "t.jsonl")[-1]["name"] == "transcoder / trained on random backbone"
+    moved = tmp_path / "topk"
+    shutil.copytree(run / "coders/topk", moved)
+    told = json.loads((moved / "coder.json").read_text())
+    told["metadata"]["store"] = str(tmp_path / "gone")
+    (moved / "coder.json").write_text(json.dumps(told))
+    told_of = fails(capsys, "eval", moved, *asked, "--out", tmp_path / "m.jsonl")
+    assert "the training data of topk cannot be found" in told_of
+    assert "--random-backbone encode" in told_of
+    main(["eval", str(moved), *asked, "--store", f"{run}/store", "--out", f"{tmp_path}/m.jsonl"])
+    assert len(rows_of(tmp_path / "m.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "controls", "metrics", "mode"),
+    [
+        ("auto", True, "all", "encode"),
+        ("auto", True, "prisma", None),
+        ("auto", False, "all", None),
+        ("True", True, "", "encode"),
+        ("False", True, "all", None),
+        ("none", True, "all", None),
+        ("train", False, "", "train"),
+    ],
+)
+def test_which_random_backbone_is_meant(asked, controls, metrics, mode):
+    assert random_mode(asked, controls, metrics) == mode
 
 
 def fails(capsys, *arguments):

@@ -13,7 +13,8 @@ from sklearn.metrics import roc_auc_score
 from vitrail.coders.sparse import Codes
 from vitrail.metrics import logistic_probes, sparse_probing
 from vitrail.metrics.class_sums import ClassSums, ranking
-from vitrail.metrics.logistic_probes import Probes, fit_binary, fit_multinomial
+from vitrail.metrics.logistic_probes import Probes, fit_binary
+from vitrail.metrics.multinomial import fit_logistic
 from vitrail.metrics.passing import Seen
 from vitrail.metrics.sparse_probing import (
     SparseProbing,
@@ -168,7 +169,7 @@ def test_one_kind_of_rows_is_refused():
 def test_multinomial_is_scikit_learns_with_a_class_that_has_no_row(k):
     z, labels = pictures()
     labels = np.where(labels == 4, 5, labels)  # none has 4
-    found = fit_multinomial(z[:, :k], torch.from_numpy(labels), 6)
+    found = fit_logistic(z[:, :k], torch.from_numpy(labels), n_classes=6)
     want = reference(z.double().numpy()[:, :k], labels)
     there = [0, 1, 2, 3, 5]
     np.testing.assert_allclose(found.weight[there], want.coef_, atol=1e-5)

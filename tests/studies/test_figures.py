@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitrail.studies.figures import FIGURES, figures
+from vitrail.studies.figures import FIGURES, _wrapped, figures
 
 
 def row(name, control_of=None):
@@ -80,3 +80,10 @@ def test_l0_by_layer_and_the_front(tmp_path):
     ]  # fmt: skip
     with (tmp_path / "pareto.csv").open() as stream:
         assert [one["explained_variance_on_front"] for one in csv.DictReader(stream)] == ["True", "True", "False"]
+
+
+def test_long_titles_are_broken_so_that_panels_do_not_run_into_each_other():
+    # "matryoshka near k 12 (blocks.11.hook_" has 37 letters; with "resid" it would have 42.
+    told = _wrapped("matryoshka near k 12 (blocks.11.hook_resid_post of the tower)").splitlines()
+    assert told == ["matryoshka near k 12 (blocks.11.hook_", "resid_post of the tower)"]
+    assert _wrapped("topk (blocks.5)") == "topk (blocks.5)"

@@ -595,7 +595,7 @@ def test_what_does_not_fit_says_so(backbone, images, activations):
         table(backbone, images, {"t": t}, target_point=WRITTEN, control_sample=rows_of(activations, READ))
     with pytest.raises(ValueError, match="control_sample has no rows of blocks"):
         table(backbone, images, {"a": sae(activations, READ)}, point=READ, control_sample={WRITTEN: torch.zeros(3, 24)})
-    with pytest.raises(ValueError, match="random_backbone must be 'encode' or None"):
+    with pytest.raises(ValueError, match="random_backbone must be 'encode', RandomCoders or None"):
         table(backbone, images, {"a": sae(activations, POINTS[0])}, random_backbone="train")
     mixed = {p: sae({**activations, p: activations[p]}, p) for p in ("hook_embed", POINTS[0])}
     with pytest.raises(ValueError, match="have not the same rows of 'all' tokens per image: hook_embed 16"):

@@ -185,3 +185,39 @@ def test_the_embedding_before_cls_has_patches_only(backbone, images, tokens):
 def test_a_limit_below_one_says_so(backbone, images, activations):
     with pytest.raises(ValueError, match="limit must be at least 1, got -3"):
         table(backbone, images, {"id": identity(activations.flatten(0, 1))}, limit=-3)
+
+
+def test_a_coder_is_compared_with_its_controls_and_the_other_coders_over_the_same_images(backbone, images, activations):
+    sample = activations.flatten(0, 1)
+    coders = {name: fitted("topk", sample, d_sae=40, k=k) for name, k in (("a", 2), ("b", 4))}
+    rows = table(backbone, images, coders, control_sample=sample, random_backbone="encode", n_bootstrap=200)
+    a, b = rows["a"], rows["b"]
+    assert set(a.paired) == {row.name for row in rows.values() if row.control_of == "a"} | {"b"}
+    assert "a / random backbone" in a.paired
+    assert not rows["a / pca"].paired
+    # L0 is 2 and 4 in every image: the difference has no spread. What is no sum over images has no pair.
+    l0 = a.paired["b"]["l0_tokens"]
+    assert (l0.value, l0.low, l0.high, l0.n) == pytest.approx((-2, -2, -2, 30))
+    assert "alive" not in a.paired["b"]
+    # Witness: each resample of images by index, both coders' explained variances of it, and the percentiles.
+    centred = (activations.double() - sample.double().mean(0)).square().sum((1, 2)).numpy()
+    errors = [
+        (activations - coder(sample).reshape(activations.shape)).double().square().sum((1, 2)).numpy()
+        for coder in coders.values()
+    ]
+    counts = np.random.default_rng(0).multinomial(30, np.full(30, 1 / 30), size=200)
+    drawn = [np.repeat(np.arange(30), times) for times in counts]
+    evs = np.array([[1 - error[at].sum() / centred[at].sum() for error in errors] for at in drawn])
+    found = a.paired["b"]["explained_variance"]
+    assert found.value == pytest.approx(a.measured["explained_variance"].value - b.measured["explained_variance"].value)
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(evs[:, 0] - evs[:, 1], [2.5, 97.5])), abs=1e-5)
+    said = json.loads(json.dumps(a.to_json(), allow_nan=False))["paired"]["b"]["explained_variance"]
+    assert said == {"value": found.value, "low": found.low, "high": found.high, "n": 30}
+
+
+def test_coders_of_other_places_are_not_subtracted(backbone, images, activations):
+    sample = activations.flatten(0, 1)
+    sets = {"blocks.0.hook_resid_post": identity(sample), POINT: identity(sample)}
+    rows = table(backbone, images, {"set": sets, "alone": identity(sample)}, n_bootstrap=20)
+    assert set(rows["alone"].paired) == {f"set @ {POINT}"}
+    assert not rows["set"].paired

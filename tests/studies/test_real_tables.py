@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from vitrail.backbones.toy import ToyViT, wrap
-from vitrail.coders import make_coder
 from vitrail.images import open_images
 from vitrail.metrics.heads import own_head
-from vitrail.metrics.reconstruction import fvu
 from vitrail.training import TrainConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -123,20 +121,6 @@ def test_run_again_it_reads_what_it_wrote(script, done, monkeypatch):
     for stage in ("prisma_table", "figures"):
         monkeypatch.setattr(script, stage, lambda *_: None)
     assert script.run(job, out) == rows
-
-
-def test_squared_errors_are_those_of_fvu(script):
-    # Two images of two rows, and the mean as a reconstruction: all variance is error, so EV is 0.
-    x = torch.tensor([[[0.0, 2.0], [2.0, 0.0]], [[4.0, 2.0], [2.0, 4.0]]])
-    coder = make_coder("topk", d_in=2, d_sae=3, k=1, normalization="none")
-    kept = [script.SquaredErrors(coder), script.SquaredErrors(coder)]
-    noisy = x + torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 2.0], [0.0, 0.0]]])
-    for one, x_hat in zip(kept, (x.mean((0, 1)).expand_as(x), noisy), strict=True):
-        codes = coder.encode_sparse(x.flatten(0, 1))
-        one.update(script.Seen(x=x, target=x, codes=codes, x_hat=x_hat))
-    # Squared error 5 of a total of 16: rows (0,2), (2,0), (4,2), (2,4) about (2,2) are 4 each.
-    assert script.difference(*kept).value == pytest.approx(1 - 5 / 16)
-    assert script.difference(*kept).value == pytest.approx(1 - fvu(x.flatten(0, 1), noisy.flatten(0, 1)))
 
 
 def test_groups_are_ranges_of_imagenets_numbers(script):

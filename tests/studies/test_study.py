@@ -6,7 +6,9 @@ import re
 import pytest
 
 from vitrail.metrics.measured import Measured
-from vitrail.studies.study import by_setting, estimate, read_plan, run_study
+from vitrail.studies.study import by_setting, run_study
+from vitrail.studies.study_estimate import estimate
+from vitrail.studies.study_plan import plan_from_json, plan_to_json, read_plan
 
 PLAN = """
 title: a small study
@@ -121,3 +123,98 @@ def test_what_it_will_cost(tmp_path):
 def test_mistakes_in_the_file_are_sentences(tmp_path, old, new, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         plan_of(tmp_path, PLAN.replace(old, new))
+
+
+WIDER = """
+backbones:
+  - {name: toy/vit-2l-p16, label: last, point: blocks.1.hook_resid_post}
+  - {name: toy/vit-2l-p16, label: first, point: blocks.0.hook_resid_post, role: layer, coders: [one]}
+  - {name: toy/vit-2l-p16, label: drawn, point: blocks.1.hook_resid_post, random: 3, coders: [one, pca]}
+coders:
+  - {name: one, architecture: topk, arguments: {expansion: 1.5, k: 4}, seeds: [0, 1]}
+  - {name: two, architecture: topk, arguments: {d_sae: 32, k: 2}}
+  - {name: pca, architecture: pca_all, control_of: one}
+images:
+  train: world:shapes?n=24
+  test: world:shapes?n=12&split=test
+seeds: [5]
+batch_size: 128
+training: {epochs: 1, warmup_steps: 1}
+"""
+
+
+def test_points_of_a_model_are_extracted_once_and_controls_stand_beside_their_coder(tmp_path):
+    plan = plan_of(tmp_path, WIDER)
+    calls: list = []
+
+    def measure(cell):
+        calls.append(cell)
+        return {}, {}
+
+    rows = run_study(plan, tmp_path / "out", measure=measure, version="1")
+    told = [(row["backbone"], row["coder"], row["seed"], row["role"]) for row in rows]
+    assert told == [
+        ("last", "one", 0, "main"),
+        ("last", "one", 1, "main"),
+        ("last", "two", 5, "main"),
+        ("last", "pca", 0, "control"),
+        ("first", "one", 0, "layer"),
+        ("first", "one", 1, "layer"),
+        ("drawn", "one", 0, "main"),
+        ("drawn", "one", 1, "main"),
+        ("drawn", "pca", 0, "control"),
+    ]
+    stores = sorted(path.name for path in (tmp_path / "out" / "stores").iterdir())
+    assert len(stores) == 2, f"one for both points, one for the model that was never trained: {stores}"
+    assert rows[0]["d_sae"] == round(1.5 * rows[0]["d_in"])
+    assert (rows[0]["layer"], rows[4]["layer"]) == (1, 0)
+    control = rows[3]
+    assert (control["control_of"], control["architecture"]) == ("one", "pca")
+    codes = calls[3].coder.encode_sparse(next(calls[3].batches("test"))[1].flatten(0, 1))
+    assert codes.l0().max() <= 4, "at its coder's k"
+    assert rows[6]["backbone_digest"] != rows[0]["backbone_digest"]
+    assert rows[6]["model"] == "toy/vit-2l-p16, random weights of seed 3"
+    assert all(row["cost"]["train_seconds"] >= 0 for row in rows)
+
+
+def test_a_part_of_the_backbones_can_be_run_by_itself(tmp_path):
+    plan, calls = plan_of(tmp_path, WIDER), []
+    some = run_study(plan, tmp_path / "out", measure=measuring(calls), version="1", only=["first"])
+    assert [row["backbone"] for row in some] == ["first", "first"]
+    assert not (tmp_path / "out" / "rows.jsonl").exists()
+    rows = run_study(plan, tmp_path / "out", measure=measuring(calls), version="1")
+    assert len(calls) == len(rows) == 9
+    assert rows[4:6] == some
+    with pytest.raises(ValueError, match="no backbone 'frist' in the plan. There are last, first, drawn"):
+        run_study(plan, tmp_path / "out", measure=measuring(calls), version="1", only=["frist"])
+
+
+def test_training_is_timed_once_and_told_again(tmp_path):
+    plan = plan_of(tmp_path)
+    (first, *_) = run_study(plan, tmp_path / "out", measure=measuring([]), version="1")
+    (again, *_) = run_study(plan, tmp_path / "out", measure=measuring([]), version="2")
+    assert again["cost"]["train_seconds"] == first["cost"]["train_seconds"] > 0
+
+
+def test_a_plan_survives_its_own_json(tmp_path):
+    plan = plan_of(tmp_path, WIDER)
+    assert plan_from_json(json.loads(json.dumps(plan_to_json(plan)))) == plan
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("role: layer", "role: layers", "role must be main or layer, got 'layers'"),
+        ("coders: [one]}", "coders: [eins]}", "coders of first: 'eins' is not among the coders (one, two, pca)"),
+        ("control_of: one", "control_of: none", "pca is a control of 'none', which must be one of one, two"),
+        ("architecture: pca_all", "architecture: pcas", "pca: there is no control 'pcas'. Known: random, pca"),
+        ("label: first", "label: last", "two backbones are called 'last': give them different names (label:"),
+        ("expansion: 1.5", "expansion: 1.5, d_sae: 8", "one has d_sae and expansion"),
+        ("random: 3", "random: 3, weights: a.safetensors", "drawn has weights and random: 3"),
+        ("batch_size: 128", "masks: {scenes: there}", "masks: 'scenes' is not among the images (train, test)"),
+    ],
+)
+def test_mistakes_in_a_wider_file_are_sentences(tmp_path, old, new, said):
+    assert old in WIDER
+    with pytest.raises(ValueError, match=re.escape(said)):
+        plan_of(tmp_path, WIDER.replace(old, new))

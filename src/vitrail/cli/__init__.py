@@ -21,6 +21,7 @@ VERBS = {
     "eval": "Prisma's table of a coder, beside its controls",
     "table": "rows of eval in a paper's layout: Markdown, LaTeX, HTML, CSV",
     "compare": "two families of coders at equal L0",
+    "modality": "a coder of images and one of texts, each on both",
     "figures": "the curves of eval, drawn: vector, PNG, and their numbers",
     "check-table": "published or own tables: rows that cannot be, or contradict themselves",
     "recover": "which concepts of a world coders recover, beside controls",

@@ -12,7 +12,7 @@ import tyro
 
 from vitrail.backbones import Backbone, load
 from vitrail.cli.options import pick_device, pick_workers
-from vitrail.coders import coder_metadata
+from vitrail.coders import SparseCoder, coder_metadata
 from vitrail.images import ImageSource, open_images
 from vitrail.metrics.heads import Head, ZeroShotHead, fit_linear_head, own_head, zero_shot_head
 from vitrail.metrics.substitution import raw_name_head
@@ -28,7 +28,8 @@ from vitrail.studies.first_look import (
     set_sample,
 )
 from vitrail.studies.prisma_table import Coders
-from vitrail.studies.table_text import print_table
+from vitrail.studies.random_training import RandomCoders, train_on_random
+from vitrail.studies.table_text import print_pairs, print_table
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -50,7 +51,7 @@ def eval_verb(
     store: Path | None = None,
     controls: bool = True,
     metrics: str = "",
-    random_backbone: bool | None = None,
+    random_backbone: Literal["auto", "none", "encode", "train", "True", "False"] = "auto",
     together: bool = False,
     linear_probe: bool = False,
     faithfulness: int = 0,
@@ -79,8 +80,9 @@ def eval_verb(
         substitution: on the tokens a coder was trained on, or on all, as Prisma's code does
         store: where controls are fitted (default: the store the first coder was trained on)
         metrics: beside Prisma's table, in the same pass: all, prisma, msae, or names (docs/metrics.md)
-        random_backbone: a control more: the same coder on the same model with random weights (default: with controls
-            and --metrics all)
+        random_backbone: a control more, on the same model with random weights: encode, the same coder as it is; train,
+            also a coder trained there as this one was (kept in a folder beside `out`); none. auto: encode with controls
+            and --metrics all, else none (True is encode, False none)
         together: the coders are SAEs of several points: each alone, then all put in at once
         linear_probe: fitted on the labelled images of the store, for MSAE's LP columns (one row an image: CLS, pooled)
         faithfulness: on so many images, does the answer hang on the latents that attribution names (needs a head)
@@ -100,6 +102,17 @@ def eval_verb(
     sample = None
     if controls:
         sample = sample_for(about, several, store, seed)
+    random: str | RandomCoders | None = random_mode(random_backbone, controls, metrics)
+    if random == "train":
+        random = train_on_random(
+            model,
+            recipes(coders, loaded),
+            out.with_name(f"{out.stem}.random"),
+            store=store,
+            seed=seed,
+            n_workers=n_workers,
+            progress=Terminal(),
+        )
     rows = evaluate(
         out,
         model,
@@ -115,7 +128,7 @@ def eval_verb(
         faithfulness=faithfulness,
         probe=probe_of(Store.open(store or about["store"]), about["point"], about["tokens"]) if linear_probe else None,
         metadata={path.resolve().name: coder_metadata(path) for path in coders},
-        random_backbone="encode" if wants_random_backbone(random_backbone, controls, metrics) else None,
+        random_backbone=random,
         limit=limit,
         substitution=substitution,
         batch_size=batch_size,
@@ -125,11 +138,25 @@ def eval_verb(
         progress=Terminal(),
     )
     print_table(rows)
+    print_pairs(rows)
     print(f"{len(rows)} rows in {out}")
 
 
-def wants_random_backbone(asked: bool | None, controls: bool, metrics: str) -> bool:
-    return controls and "all" in metrics.split(",") if asked is None else asked
+def random_mode(asked: str, controls: bool, metrics: str) -> str | None:
+    """ "encode", "train" or None."""
+    if asked == "auto":
+        return "encode" if controls and "all" in metrics.split(",") else None
+    return {"True": "encode", "False": None, "none": None}.get(asked, asked)
+
+
+def recipes(paths: Sequence[Path], loaded: Coders) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Folder and metadata of each coder, by its name in the table; of a set's members, with their points."""
+    found = {path.resolve().name: (path, coder_metadata(path)) for path in paths}
+    sets = {name for name, given in loaded.items() if not isinstance(given, SparseCoder)}
+    if not sets:
+        return found
+    (name,) = sets
+    return {f"{name} @ {about['point']}": (path, about) for path, about in found.values()}
 
 
 def loaded_coders(

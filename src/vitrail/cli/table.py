@@ -8,7 +8,7 @@ import tyro
 
 from vitrail.files import replacing
 from vitrail.studies.first_look import read_rows
-from vitrail.studies.paper_tables import paper_table
+from vitrail.studies.paper_tables import differences_table, paper_table
 from vitrail.studies.seeds import over_seeds
 
 
@@ -23,6 +23,8 @@ def table_verb(
     controls: bool = True,
     intervals: bool = False,
     seeds: bool = False,
+    paired: bool = False,
+    against: str | None = None,
     out: Path | None = None,
 ) -> None:
     """Rows of `vitrail eval` in a paper's layout.
@@ -33,16 +35,26 @@ def table_verb(
         controls: with the controls under each coder
         intervals: with 95 % intervals (a CSV always has them)
         seeds: one row for the coders NAME#0, NAME#1, ...: means, and intervals over the seeds
+        paired: instead of numbers their differences, each coder less each of its controls, with 95 % intervals over
+            the same images; a dash where there is none
+        against: with --paired: less this row instead, a coder of the same `vitrail eval` or a control ("pca")
         out: a file; default, the screen
     """
     if not rows:
         raise ValueError("name at least one eval.jsonl, or a run folder that holds one.")
+    if against is not None and not paired:
+        raise ValueError("--against says from what --paired takes the difference: give both.")
+    if paired and seeds:
+        raise ValueError("--paired is of single coders over the same images, --seeds of means: leave one out.")
     found = [row for path in rows for row in read_rows(path / "eval.jsonl" if path.is_dir() else path)]
     if seeds:
         means = over_seeds(found)
         merged = {name for mean in means for name in mean["seeds"]}
         found = means + [row for row in found if row["name"] not in merged and row["control_of"] not in merged]
-    text = paper_table(found, layout, form=form, controls=controls, intervals=intervals)
+    if paired:
+        text = differences_table(found, layout, form=form, against=against)
+    else:
+        text = paper_table(found, layout, form=form, controls=controls, intervals=intervals)
     if out is None:
         print(text, end="")
         return

@@ -55,6 +55,29 @@ def _moran(name: str, of: str) -> dict[str, Measure]:
     }
 
 
+def _tasks() -> dict[str, Measure]:
+    """Of raw features, reconstructions and codes; names of other image sets follow behind "@"."""
+    tasks = {
+        f"retrieval_r@{k}": (f"R@{k}", f"share of pictures with one of their class among the {k} nearest")
+        for k in (1, 5, 10)
+    }
+    tasks["linear_accuracy"] = ("linear top-1", "accuracy of logistic regression on pooled features")
+    tasks["segmentation_miou"] = ("mIoU", "mean IoU of a linear layer's classes of patches")
+    tasks["segmentation_accuracy"] = ("patch acc.", "share of patches whose class a linear layer names")
+    out = {}
+    for name, (title, meaning) in tasks.items():
+        out[f"{name}_raw"] = Measure(f"{title} raw", "", "", 3, f"{meaning}: raw features")
+        out[f"{name}_recon"] = Measure(f"{title} recon", "", "higher", 3, f"{meaning}: reconstructions")
+        out[f"{name}_codes"] = Measure(f"{title} codes", "", "higher", 3, f"{meaning}: codes")
+        out[f"{name}_lift"] = Measure(f"{title} lift", "", "higher", 3, f"{meaning}: codes over raw features")
+    return out
+
+
+def measure_of(name: str) -> Measure | None:
+    """Of a column's name; "fvu@drawings" is fvu of another image set."""
+    return MEASURES.get(name) or MEASURES.get(name.rpartition("@")[0])
+
+
 MEASURES: dict[str, Measure] = {
     "explained_variance": Measure("EV", "", "higher", 3, "1 - FVU; ratio of sums over all rows"),
     "fvu": Measure("FVU", "", "lower", 3, "fraction of variance unexplained; ratio of sums over all rows"),
@@ -161,7 +184,7 @@ MEASURES: dict[str, Measure] = {
     "k_acc_area_visaebench": Measure("k-acc area (package)", "", "higher", 3, "as visaebench 0.1 computes it"),
     "absorption": Measure("absorbed (M7)", "", "lower", 3, "share of classes with F1(1) < .8 and F1(4) > .5"),
     "absorption_train": Measure("absorbed (train)", "", "lower", 3, "the same, F1 of training images"),
-    "absorption_groups": Measure("sibling groups", "", "", 0, "groups of siblings that were asked"),
+    "absorption_groups": Measure("absorbed (groups)", "", "lower", 3, "M7, interval over groups of siblings"),
     "absorption_unread": Measure("unread", "", "lower", 3, "share of classes that four latents do not tell"),
     "absorption_visaebench": Measure("absorbed (package)", "", "lower", 3, "as visaebench 0.1 computes it"),
     "absorption_full": Measure(
@@ -187,6 +210,23 @@ MEASURES: dict[str, Measure] = {
     "monosemanticity_between_part": Measure("part between", "", "", 3, "what pairs of two classes bring"),
     "monosemanticity_dead": Measure("M5 dead", "latents", "lower", 0, "latents that never fire"),
     "monosemanticity_too_few": Measure("M5 too few", "latents", "lower", 0, "latents with too few images"),
+    "monosemanticity_common": Measure("M5 common", "", "higher", 3, "M5 in the eyes of the study's common evaluator"),
+    "monosemanticity_common_baseline": Measure("M5 common base", "", "", 3, "its baseline"),
+    "monosemanticity_common_normalized": Measure(
+        "M5 common norm.", "", "higher", 3, "(M5 - baseline) / (1 - baseline)"
+    ),
+    # of another domain, named behind "@"
+    "cross_domain_preservation": Measure(
+        "M6 preserved", "", "higher", 3, "accuracy of a probe of x_hat over that of x"
+    ),
+    "cross_domain_raw_accuracy": Measure("M6 raw top-1", "", "", 3, "accuracy of a probe of raw rows, pooled"),
+    "cross_domain_recon_accuracy": Measure("M6 recon top-1", "", "higher", 3, "accuracy of a probe of x_hat, pooled"),
+    "cross_domain_codes_accuracy_128": Measure("M6 codes top-1", "", "higher", 3, "accuracy of a probe of 128 latents"),
+    "cross_domain_fvu": Measure("M6 FVU", "", "lower", 3, "FVU there"),
+    "cross_domain_alive_kept": Measure("M6 alive kept", "", "", 3, "share of latents alive at home that fire there"),
+    "cross_domain_jaccard": Measure("M6 Jaccard", "", "", 3, "latents alive in both over those alive in either"),
+    # what features are good for
+    **_tasks(),
     "preservation": Measure("preserved", "", "higher", 3, "accuracy of a probe of raw features, on x_hat over on x"),
     "preservation_same": Measure("same answer", "", "higher", 3, "share of images whose probe answer stays"),
     "preservation_refit": Measure("preserved (refit)", "", "higher", 3, "the same, the probe of x_hat fitted on x_hat"),
@@ -266,4 +306,4 @@ RECOVERY_COLUMNS = (
     "absorbed",
 )
 
-__all__ = ["COLUMNS", "MEASURES", "RECOVERY_COLUMNS", "Measure", "Measured"]
+__all__ = ["COLUMNS", "MEASURES", "RECOVERY_COLUMNS", "Measure", "Measured", "measure_of"]

@@ -40,17 +40,10 @@ from jaxtyping import Bool, Float, Int
 
 from vitrail.coders.sparse import Codes
 from vitrail.metrics.class_sums import ClassSums, ranking
+from vitrail.metrics.column_probes import column_logits, columns, fit_columns
 from vitrail.metrics.measured import Measured, over_images, resample_weights
 from vitrail.metrics.passing import Curve, Metric, Seen, Setting
-from vitrail.metrics.sparse_probing import (
-    COMPAT,
-    PooledCodes,
-    check_labels,
-    column_logits,
-    columns,
-    fit_columns,
-    stratified_split,
-)
+from vitrail.metrics.sparse_probing import COMPAT, PooledCodes, check_labels, stratified_split
 from vitrail.metrics.truth import Pool
 
 ALPHA, BETA = 0.8, 0.5

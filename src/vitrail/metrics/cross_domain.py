@@ -50,11 +50,13 @@ from torch import Tensor
 
 from vitrail.coders.sparse import Codes
 from vitrail.metrics.class_sums import ClassSums, ranking
-from vitrail.metrics.downstream import Features, fit_logistic
+from vitrail.metrics.column_probes import columns
 from vitrail.metrics.entries import Entries
+from vitrail.metrics.features import Features
 from vitrail.metrics.measured import Measured, over_images
+from vitrail.metrics.multinomial import fit_logistic
 from vitrail.metrics.passing import Metric, Seen, Setting
-from vitrail.metrics.sparse_probing import columns, stratified_split
+from vitrail.metrics.sparse_probing import stratified_split
 from vitrail.metrics.truth import Firing
 
 COMPAT = "visaebench-0.1"

@@ -28,12 +28,12 @@ scores to any size first.
 Tags. "leave-one-out, cosine" and so on, each saying how near is meant. Intervals are a bootstrap over test pictures.
 
 Cost. Retrieval and nearest compare all pairs, in blocks; L1 between codes costs pictures x entries. Logistic
-regression costs 2 x entries x classes a step, a few hundred steps.
+regression (multinomial.py) costs 2 x entries x classes a step, a hundred steps or so; where pictures are fewer than
+dimensions their number stands for both.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -41,10 +41,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vitrail.coders.sparse import Codes, bag, scatter_to_latents
+from vitrail.coders.sparse import Codes
+from vitrail.metrics.features import Features, checked, n_rows, product, select, unit_rows, width
 from vitrail.metrics.measured import Measured, over_images
+from vitrail.metrics.multinomial import fit_logistic
 
-Features = Float[Tensor, "_ _"] | Codes  # a row a picture, or a patch
 Similarity = Literal["cosine", "l1"]
 BLOCK_VALUES = 2**24
 
@@ -62,7 +63,7 @@ def retrieval(
 
     Raises ValueError if no two pictures share a class.
     """
-    n, labels = _checked(features, labels)
+    n, labels = checked(features, labels)
     if not ks or min(ks) < 1 or max(ks) >= n:
         raise ValueError(f"R@k looks at k of the {n - 1} other pictures: got k = {list(ks)}.")
     asks = torch.bincount(labels, minlength=int(labels.max()) + 1)[labels] > 1
@@ -80,16 +81,16 @@ def nearest(
     """The k nearest rows of `gallery` to each row of `queries`, nearest first; of equal ones the earlier row."""
     if similarity not in ("cosine", "l1"):
         raise ValueError(f"similarity must be 'cosine' or 'l1', got {similarity!r}.")
-    if _width(queries) != _width(gallery):
-        raise ValueError(f"rows of {_width(queries)} and of {_width(gallery)} dimensions cannot be compared.")
+    if width(queries) != width(gallery):
+        raise ValueError(f"rows of {width(queries)} and of {width(gallery)} dimensions cannot be compared.")
     if similarity == "cosine":
-        queries, gallery = _unit(queries), _unit(gallery)
-    n, m = _length(queries), _length(gallery)
-    at_once = max(1, BLOCK_VALUES // max(m, _width(gallery)))
+        queries, gallery = unit_rows(queries), unit_rows(gallery)
+    n, m = n_rows(queries), n_rows(gallery)
+    at_once = max(1, BLOCK_VALUES // max(m, width(gallery)))
     found = []
     for start in range(0, n, at_once):
         rows = torch.arange(start, min(start + at_once, n))
-        near = (_dots if similarity == "cosine" else _minus_l1)(_rows(queries, rows), gallery)
+        near = (_dots if similarity == "cosine" else _minus_l1)(select(queries, rows), gallery)
         if leave_one_out:
             near[torch.arange(len(rows)), rows] = -math.inf
         # Rounded: equal rows should be equally near whatever block they were in.
@@ -109,8 +110,8 @@ def nearest_accuracy(
     seed: int = 0,
 ) -> Measured:
     """The most common class of the k nearest; of equally common ones the smaller number."""
-    n, train_labels = _checked(train, train_labels)
-    _, test_labels = _checked(test, test_labels)
+    n, train_labels = checked(train, train_labels)
+    _, test_labels = checked(test, test_labels)
     if not 1 <= k <= n:
         raise ValueError(f"k must be in 1..{n}, the training pictures, got {k}.")
     votes = train_labels[nearest(test, train, k, similarity=similarity)]
@@ -120,96 +121,7 @@ def nearest_accuracy(
     return _share(right, f"{k}-nearest, {similarity}", n_bootstrap, seed)
 
 
-# ------------------------------------------------------------------------------------------------ logistic regression
-
-
-@dataclass(frozen=True, eq=False)
-class Logistic:
-    """Scores are x @ weight.T + bias. `gradient`: the largest entry of the gradient where it stopped."""
-
-    weight: Float[Tensor, "n_classes d"]
-    bias: Float[Tensor, " n_classes"]
-    gradient: float
-
-    def scores(self, features: Features) -> Float[Tensor, "n n_classes"]:
-        if _width(features) != self.weight.shape[1]:
-            raise ValueError(f"fitted on rows of {self.weight.shape[1]} dimensions, got {_width(features)}.")
-        return _product(features)(self.weight.t().contiguous()) + self.bias
-
-    def predict(self, features: Features) -> Int[Tensor, " n"]:
-        return self.scores(features).argmax(1)
-
-
-def fit_logistic(
-    features: Features,
-    labels: Int[Tensor, " n_labels"],
-    *,
-    c: float = 1.0,
-    tol: float = 1e-8,
-    max_iter: int = 2000,
-    n_classes: int | None = None,
-) -> Logistic:
-    """min over W, b of sum_i -log softmax(W x_i + b)[y_i] + ||W||^2 / 2C, with the bias free: scikit-learn's.
-
-    `tol`: the gradient of the mean over rows. Latents that never fire here have weight 0, exactly. Classes that no row
-    has are never predicted. Raises ValueError for one class only.
-    """
-    n, labels = _checked(features, labels)
-    n_classes = int(labels.max()) + 1 if n_classes is None else n_classes
-    if int(labels.min()) < 0 or int(labels.max()) >= n_classes:
-        raise ValueError(f"labels must be in 0..{n_classes - 1}, got {int(labels.min())}..{int(labels.max())}.")
-    present, own = torch.unique(labels, return_inverse=True)
-    if len(present) < 2:
-        raise ValueError(f"a classifier needs two classes, got {len(present)}.")
-    if c <= 0:
-        raise ValueError(f"c must be above 0, got {c}.")
-    d = _width(features)
-    alive = torch.arange(d)
-    if isinstance(features, Codes):
-        alive = torch.nonzero(features.fired() > 0)[:, 0]
-        features = _narrow(features, alive)
-    forward, backward = _product(features), _transposed_product(features)
-    # Of columns less their means, which moves the bias alone, and in units in which all are about equally curved: the
-    # minimum is the same, and is found sooner.
-    mean, square = _moments(features)
-    unit = ((square - mean.square()).clamp_min(0) / len(present) + 1 / (c * n)).rsqrt()[:, None]
-    scaled = torch.zeros(len(alive), len(present), dtype=torch.float64)
-    bias = torch.zeros(len(present), dtype=torch.float64)
-    rows = torch.arange(n)
-    gradient = math.inf
-
-    @torch.no_grad()
-    def loss() -> Tensor:
-        nonlocal gradient
-        weight = scaled * unit
-        log_p = (forward(weight) - mean @ weight + bias).log_softmax(1)
-        wrong = log_p.exp()
-        wrong[rows, own] -= 1
-        slope = (backward(wrong) - mean[:, None] * wrong.sum(0)) / n + weight / (c * n)
-        scaled.grad, bias.grad = slope * unit, wrong.sum(0) / n
-        gradient = float(max(slope.abs().max(), bias.grad.abs().max())) if len(alive) else 0.0
-        return -log_p[rows, own].mean() + weight.square().sum() / (2 * c * n)
-
-    scaled.requires_grad_()
-    bias.requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [scaled, bias],
-        max_iter=max_iter,
-        max_eval=4 * max_iter,
-        tolerance_grad=tol * min(1.0, float(unit.min())) if len(alive) else tol,
-        tolerance_change=1e-16,
-        history_size=10,
-        line_search_fn="strong_wolfe",
-    )
-    with torch.no_grad():
-        optimizer.step(loss)
-        loss()
-        weight = scaled * unit
-        whole = torch.zeros(n_classes, d, dtype=torch.float64)
-        whole[present[:, None], alive] = weight.t()
-        shift = torch.full((n_classes,), -math.inf, dtype=torch.float64)
-        shift[present] = bias - mean @ weight
-    return Logistic(whole, shift, gradient)
+# -- linear
 
 
 def linear_accuracy(
@@ -236,7 +148,7 @@ def linear_hits(
     c: float = 1.0,
 ) -> Bool[Tensor, " n_test"]:
     """Which test pictures are named right: for ratios of two representations over the same pictures (`lift`)."""
-    _, test_labels = _checked(test, test_labels)
+    _, test_labels = checked(test, test_labels)
     return fit_logistic(train, train_labels, c=c).predict(test) == test_labels
 
 
@@ -252,7 +164,7 @@ def lift(
     )
 
 
-# -------------------------------------------------------------------------------------------------------- segmentation
+# -- segmentation
 
 
 def segmentation(
@@ -272,12 +184,12 @@ def segmentation(
 
     `ignore`: a label whose patches are left out, of fitting and of scoring.
     """
-    _, train_labels = _checked(train, train_labels)
-    _, test_labels = _checked(test, test_labels)
+    _, train_labels = checked(train, train_labels)
+    _, test_labels = checked(test, test_labels)
     n_classes = int(max(train_labels.max(), test_labels.max())) + 1 if n_classes is None else n_classes
     if ignore is not None:
         kept = torch.nonzero(train_labels != ignore)[:, 0]
-        train, train_labels = _rows(train, kept), train_labels[kept]
+        train, train_labels = select(train, kept), train_labels[kept]
     head = fit_logistic(train, train_labels, n_classes=n_classes, c=c)
     given = {"n_classes": n_classes, "ignore": ignore, "n_bootstrap": n_bootstrap, "seed": seed}
     return miou(head.predict(test).reshape(-1, n_tokens), test_labels.reshape(-1, n_tokens), **given)
@@ -341,81 +253,12 @@ def upsampled(
     return torch.nn.functional.interpolate(maps, size=size, mode="bilinear", align_corners=False).argmax(1)
 
 
-# ------------------------------------------------------------------------------------------------- tensors, or codes
-
-
-def _checked(features: Features, labels: Tensor) -> tuple[int, Int[Tensor, " n"]]:
-    n = _length(features)
-    if n != len(labels):
-        raise ValueError(f"{n} rows and {len(labels)} labels: there must be one label a row.")
-    if n == 0:
-        raise ValueError("there are no rows.")
-    if not isinstance(features, Codes) and not bool(features.isfinite().all()):
-        raise ValueError("features hold values that are not finite.")
-    return n, labels.cpu().long()
-
-
-def _length(features: Features) -> int:
-    return features.n if isinstance(features, Codes) else len(features)
-
-
-def _width(features: Features) -> int:
-    return features.d_sae if isinstance(features, Codes) else features.shape[1]
-
-
-def _rows(features: Features, rows: Int[Tensor, " m"]) -> Features:
-    return features.select_rows(rows) if isinstance(features, Codes) else features[rows]
-
-
-def _unit(features: Features) -> Features:
-    """Rows of length 1; those of length 0 stay."""
-    if isinstance(features, Codes):
-        values = features.values.detach().double()
-        square = torch.zeros(features.n, dtype=torch.float64).index_add_(0, features.rows(), values.square())
-        return features.with_values(values / square.sqrt().clamp_min(1e-300)[features.rows()])
-    rows = features.detach().cpu().double()
-    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1e-300)
-
-
-def _narrow(codes: Codes, latents: Int[Tensor, " m"]) -> Codes:
-    """Only these latents, which are all that fire."""
-    place = torch.zeros(codes.d_sae, dtype=torch.long)
-    place[latents] = torch.arange(len(latents))
-    return Codes(codes.offsets, place[codes.indices.long()], codes.values, len(latents))
-
-
-def _product(features: Features) -> Callable[[Tensor], Tensor]:
-    """w -> features @ w, in float64."""
-    if isinstance(features, Codes):
-        values = features.values.detach().double()
-        return lambda w: bag(w, features.indices, features.offsets, values)
-    rows = features.detach().cpu().double()
-    return lambda w: rows @ w
-
-
-def _moments(features: Features) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
-    """Means of columns, and of their squares."""
-    if isinstance(features, Codes):
-        values, at = features.values.detach().double(), features.indices.long()
-        sums = torch.zeros(2, features.d_sae, dtype=torch.float64)
-        sums.index_add_(1, at, torch.stack([values, values.square()]))
-        return sums[0] / features.n, sums[1] / features.n
-    rows = features.detach().cpu().double()
-    return rows.mean(0), rows.square().mean(0)
-
-
-def _transposed_product(features: Features) -> Callable[[Tensor], Tensor]:
-    """g -> features.T @ g."""
-    if isinstance(features, Codes):
-        values = features.values.detach().double()
-        return lambda g: scatter_to_latents(g, values, features)
-    rows = features.detach().cpu().double()
-    return lambda g: rows.t() @ g
+# -- helpers
 
 
 def _dots(queries: Features, gallery: Features) -> Float[Tensor, "b m"]:
     dense = queries.to_dense() if isinstance(queries, Codes) else queries
-    return _product(gallery)(dense.double().t().contiguous()).t().contiguous()
+    return product(gallery)(dense.double().t().contiguous()).t().contiguous()
 
 
 def _minus_l1(queries: Features, gallery: Features) -> Float[Tensor, "b m"]:

@@ -5,8 +5,6 @@
 The intercept is not penalised. Up to a few latents by Newton's method, above by L-BFGS, in float64, with backtracking.
 It ends where no entry of the gradient of the mean loss is above `tol`: the rule by which scikit-learn's L-BFGS ends,
 whose default tol of 1e-4 ends well before the minimum.
-
-The multinomial one is softmax over all classes, with the same penalty on the weights of each.
 """
 
 import warnings
@@ -16,13 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-TOL = 1e-8
-MAX_STEPS = 5000
+from vitrail.metrics.minimise import MAX_STEPS, TOL, FewRows, Scale, lbfgs, newton
+
 NEWTON = 16  # up to so many latents the Hessian is laid out
 # Of the rows of all regressions that are worked on at once: few enough for a cache.
 NEWTON_VALUES, LBFGS_VALUES = 2**20, 2**18
+CURVED_ROWS = 64  # whose part of the Hessian L-BFGS starts from
 SPARSE_UP_TO = 0.15  # share of values that are not zero, up to which products of sparse rows are the faster ones
-HISTORY = 10  # steps that L-BFGS remembers
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +53,7 @@ def fit_binary(
     b, n, k = x.shape
     theta = _start(positive, rows, k, start)
     gradient = torch.zeros_like(theta[:, 0])
-    minimise, values = (_newton, NEWTON_VALUES) if k <= NEWTON else (_lbfgs, LBFGS_VALUES)
+    minimise, values = (newton, NEWTON_VALUES) if k <= NEWTON else (lbfgs, LBFGS_VALUES)
     at_once = max(1, values // max(1, n * (k + 1)))
     for first in range(0, b, at_once):
         part = slice(first, first + at_once)
@@ -102,7 +100,7 @@ def fit_binary_sparse(
     if k <= NEWTON or len(x.value) > SPARSE_UP_TO * b * m * k:
         return fit_binary(x.dense(), positive, weights=weights, start=start, C=C, tol=tol, max_steps=max_steps)
     theta = _start(positive, weights, k, start)
-    theta, gradient = _lbfgs(_SparseBinary(x, positive, weights, C), theta, tol, max_steps)
+    theta, gradient = lbfgs(_SparseBinary(x, positive, weights, C), theta, tol, max_steps)
     return Probes(theta[:, :k], theta[:, k], gradient)
 
 
@@ -121,43 +119,12 @@ def _start(
     return theta
 
 
-@torch.no_grad()
-def fit_multinomial(
-    x: Float[Tensor, "n k"],
-    labels: Int[Tensor, " n"],
-    n_classes: int,
-    *,
-    start: Probes | None = None,
-    C: float = 1.0,
-    tol: float = TOL,
-    max_steps: int = MAX_STEPS,
-) -> Probes:
-    """One regression over all classes: weight (n_classes, k). Raises ValueError if fewer than two classes are there."""
-    present = torch.bincount(labels, minlength=n_classes) > 0
-    if int(present.sum()) < 2:
-        raise ValueError("a probe needs rows of at least two classes.")
-    k = x.shape[1]
-    theta = torch.zeros(n_classes, k + 1, dtype=torch.float64, device=x.device)
-    if start is not None:
-        theta[:, : start.weight.shape[1]], theta[:, k] = start.weight, start.bias
-    if not bool(present.all()):  # a class without rows is none that could be answered, as in scikit-learn
-        kept = present.nonzero()[:, 0]
-        number = torch.cumsum(present, 0) - 1
-        few = None if start is None else Probes(start.weight[kept], start.bias[kept], start.gradient[kept])
-        found = fit_multinomial(x, number[labels], len(kept), start=few, C=C, tol=tol, max_steps=max_steps)
-        theta[:, k] = -torch.inf
-        theta[kept] = torch.cat([found.weight, found.bias[:, None]], 1)
-        return Probes(theta[:, :k], theta[:, k], found.gradient[:1].expand(n_classes))
-    problem = _Multinomial(x, labels, n_classes, C)
-    flat, gradient = _lbfgs(problem, theta.reshape(1, -1), tol, max_steps)
-    theta = flat.reshape(n_classes, k + 1)
-    return Probes(theta[:, :k], theta[:, k] - theta[:, k].mean(), gradient.expand(n_classes))
-
-
-# -- the losses. Logits are linear in theta: along a direction a loss costs no product with the rows
+# -- the losses
 
 
 class _Binary:
+    copied_below = 0.75  # share of the problems still going, at which the others are left behind
+
     def __init__(
         self, x: Float[Tensor, "b n k"], positive: Bool[Tensor, "b n"], rows: Float[Tensor, "b n"], C: float
     ) -> None:
@@ -188,17 +155,27 @@ class _Binary:
         return torch.bmm((residual if self.rows is None else residual * self.rows)[:, None], self.x)[:, 0]
 
     def hessian(self, logits: Float[Tensor, "b n"]) -> Float[Tensor, "b p p"]:
-        p = torch.sigmoid(logits)
-        share = p * (1 - p) if self.rows is None else p * (1 - p) * self.rows
-        return torch.bmm((self.x * share[:, :, None]).mT, self.x)
+        return torch.bmm((self.x * self._share(logits)[:, :, None]).mT, self.x)
 
-    def diagonal(self, logits: Float[Tensor, "b n"]) -> Float[Tensor, "b p"]:
+    def scale(self, logits: Float[Tensor, "b n"]) -> Scale:
+        share = self._share(logits)
+        diagonal = torch.bmm(share[:, None], self.x**2)[:, 0] + self.penalty + 1e-12
+        return _scale(self, diagonal, share)
+
+    def _share(self, logits: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         p = torch.sigmoid(logits)
-        share = p * (1 - p) if self.rows is None else p * (1 - p) * self.rows
-        return torch.bmm(share[:, None], self.x**2)[:, 0]
+        return p * (1 - p) if self.rows is None else p * (1 - p) * self.rows
+
+    def _lengths(self) -> Float[Tensor, "b n"]:
+        return self.x.square().sum(2)
+
+    def _picked(self, rows: Int[Tensor, "b r"]) -> Float[Tensor, "b r p"]:
+        return self.x[torch.arange(len(rows))[:, None], rows]
 
 
 class _SparseBinary(_Binary):
+    copied_below = 0.2
+
     def __init__(self, x: SparseRows, positive: Bool[Tensor, "b n"], rows: Float[Tensor, "b n"], C: float) -> None:
         self.entries = x
         self.sign = torch.where(positive, 1.0, -1.0).double()
@@ -209,13 +186,13 @@ class _SparseBinary(_Binary):
         self._products()
 
     def _products(self) -> None:
-        """Block-diagonal, and transposed, so that one product serves all regressions."""
+        """Block-diagonal, so that one product serves all regressions. Only one way: for the few steps that are taken,
+        to sort the entries for the other costs more than it spares."""
         b, m, k = self.entries.shape
-        row, column = self.entries.problem * m + self.entries.row, self.entries.problem * k + self.entries.latent
-        value = self.entries.value.double()
-        self.by_latent = _csr(column, row, value, (b * k, b * m))
-        order = torch.sort(row.to(torch.int32), stable=True).indices
-        self.by_row = _csr(row[order], column[order], value[order], (b * m, b * k))
+        self.row = self.entries.problem * m + self.entries.row
+        self.column = self.entries.problem * k + self.entries.latent
+        self.value = self.entries.value.double()
+        self.by_latent = _csr(self.column, self.row, self.value, (b * k, b * m))
 
     def select(self, keep: Bool[Tensor, " b"]) -> "_SparseBinary":
         less = object.__new__(_SparseBinary)
@@ -231,7 +208,8 @@ class _SparseBinary(_Binary):
 
     def logits(self, theta: Float[Tensor, "b p"]) -> Float[Tensor, "b n"]:
         b, m, _ = self.entries.shape
-        return torch.mv(self.by_row, theta[:, :-1].reshape(-1)).view(b, m) + theta[:, -1:]
+        said = theta[:, :-1].reshape(-1).take(self.column).mul_(self.value)
+        return said.new_zeros(b * m).index_add_(0, self.row, said).view(b, m) + theta[:, -1:]
 
     def _gathered(self, matrix: Tensor, per_row: Float[Tensor, "b n"]) -> Float[Tensor, "b p"]:
         b, _, k = self.entries.shape
@@ -241,14 +219,37 @@ class _SparseBinary(_Binary):
         residual = -self.sign * torch.sigmoid(-self.sign * logits)
         return self._gathered(self.by_latent, residual if self.rows is None else residual * self.rows)
 
-    def diagonal(self, logits: Float[Tensor, "b n"]) -> Float[Tensor, "b p"]:
-        p = torch.sigmoid(logits)
-        share = p * (1 - p) if self.rows is None else p * (1 - p) * self.rows
-        one = self.by_latent
+    def scale(self, logits: Float[Tensor, "b n"]) -> Scale:
+        share, one = self._share(logits), self.by_latent
         squares = torch.sparse_csr_tensor(
             one.crow_indices(), one.col_indices(), one.values() ** 2, one.shape, check_invariants=False
         )
-        return self._gathered(squares, share)
+        return _scale(self, self._gathered(squares, share) + self.penalty + 1e-12, share)
+
+    def _lengths(self) -> Float[Tensor, "b n"]:
+        b, m, _ = self.entries.shape
+        return self.value.new_zeros(b * m).index_add_(0, self.row, self.value.square()).view(b, m) + 1
+
+    def _picked(self, rows: Int[Tensor, "b r"]) -> Float[Tensor, "b r p"]:
+        b, m, k = self.entries.shape
+        place = torch.full((b, m), -1)
+        place.scatter_(1, rows, torch.arange(rows.shape[1]).expand_as(rows))
+        at = place.view(-1).take(self.row)
+        kept = (at >= 0).nonzero()[:, 0]
+        out = torch.zeros(*rows.shape, k + 1, dtype=torch.float64)
+        out[self.entries.problem[kept], at[kept], self.entries.latent[kept]] = self.value[kept]
+        out[:, :, k] = 1
+        return out
+
+
+def _scale(problem: _Binary, diagonal: Float[Tensor, "b p"], share: Float[Tensor, "b n"]) -> Scale:
+    """Exact in the few rows that bend the loss most, those that are not yet told; of the others the diagonal."""
+    r = min(CURVED_ROWS, share.shape[1])
+    rows = (share * problem._lengths()).topk(r, 1).indices
+    picked = problem._picked(rows) * share.gather(1, rows).sqrt()[:, :, None]
+    # Not all of it: of the intercept, which has no penalty, next to nothing may be left.
+    left = torch.maximum(diagonal - picked.square().sum(1), torch.maximum(problem.penalty, 1e-3 * diagonal))
+    return FewRows.of(left, picked)
 
 
 def _csr(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -257,129 +258,3 @@ def _csr(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse", UserWarning)  # that CSR tensors are in beta, once per process
         return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
-
-
-class _Multinomial:
-    """One problem, its weights in a row: class by class."""
-
-    def __init__(self, x: Float[Tensor, "n k"], labels: Int[Tensor, " n"], n_classes: int, C: float) -> None:
-        self.x = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64, device=x.device)], 1)
-        self.labels, self.n_classes = labels, n_classes
-        penalty = torch.full((x.shape[1] + 1,), 1 / C, dtype=torch.float64, device=x.device)
-        penalty[-1] = 0
-        self.penalty = penalty.repeat(n_classes)
-        self.n = torch.tensor([float(len(x))], dtype=torch.float64, device=x.device)
-
-    def select(self, keep: Bool[Tensor, " b"]) -> "_Multinomial":
-        return self
-
-    def logits(self, theta: Float[Tensor, "1 p"]) -> Float[Tensor, "1 m"]:
-        return (self.x @ theta.reshape(self.n_classes, -1).t()).reshape(1, -1)
-
-    def loss(self, logits: Float[Tensor, "1 m"]) -> Float[Tensor, " 1"]:
-        scores = logits.reshape(-1, self.n_classes)
-        return torch.nn.functional.cross_entropy(scores, self.labels, reduction="sum")[None]
-
-    def gradient(self, logits: Float[Tensor, "1 m"]) -> Float[Tensor, "1 p"]:
-        residual = logits.reshape(-1, self.n_classes).softmax(1)
-        residual[torch.arange(len(residual), device=residual.device), self.labels] -= 1
-        return (residual.t() @ self.x).reshape(1, -1)
-
-    def diagonal(self, logits: Float[Tensor, "1 m"]) -> Float[Tensor, "1 p"]:
-        p = logits.reshape(-1, self.n_classes).softmax(1)
-        return ((p * (1 - p)).t() @ self.x**2).reshape(1, -1)
-
-
-# -- their minima: where each theta ends, and the largest entry of the mean loss's gradient there
-
-_Minimum = tuple[Float[Tensor, "b p"], Float[Tensor, " b"]]
-
-
-def _newton(problem: _Binary, theta: Float[Tensor, "b p"], tol: float, max_steps: int) -> _Minimum:
-    out, size = theta.clone(), torch.zeros_like(theta[:, 0])
-    left, logits = torch.arange(len(theta), device=theta.device), problem.logits(theta)
-    for step in range(max_steps + 1):
-        gradient = problem.gradient(logits) + problem.penalty * theta
-        largest = gradient.abs().amax(1) / problem.n
-        out[left], size[left] = theta, largest
-        going = largest > tol
-        if step == max_steps or not bool(going.any()):
-            break
-        if not bool(going.all()):
-            problem, left = problem.select(going), left[going]
-            theta, logits, gradient = theta[going], logits[going], gradient[going]
-        hessian = problem.hessian(logits)
-        hessian.diagonal(dim1=1, dim2=2).add_(problem.penalty + 1e-12)
-        direction = -torch.linalg.solve_ex(hessian, gradient)[0]
-        theta, logits, stuck = _search(problem, theta, logits, gradient, direction)
-        if bool(stuck.all()):
-            break
-    return out, size
-
-
-def _lbfgs(problem: _Binary | _Multinomial, theta: Float[Tensor, "b p"], tol: float, max_steps: int) -> _Minimum:
-    """Nocedal and Wright 2006, algorithm 7.4, scaled by the Hessian's diagonal where it starts."""
-    out, size = theta.clone(), torch.zeros_like(theta[:, 0])
-    left, logits = torch.arange(len(theta), device=theta.device), problem.logits(theta)
-    gradient = problem.gradient(logits) + problem.penalty * theta
-    inverse = 1 / (problem.diagonal(logits) + problem.penalty + 1e-12)
-    past: list[tuple[Tensor, Tensor, Tensor]] = []  # steps, changes of the gradient, 1 / their products
-    for step in range(max_steps + 1):
-        largest = gradient.abs().amax(1) / problem.n
-        out[left], size[left] = theta, largest
-        going = largest > tol
-        n_going = int(going.sum())
-        if step == max_steps or n_going == 0:
-            break
-        if n_going <= 0.75 * len(going):  # to leave some behind costs a copy of the others' rows
-            problem, left = problem.select(going), left[going]
-            theta, logits, gradient, inverse = theta[going], logits[going], gradient[going], inverse[going]
-            past = [(s[going], y[going], rho[going]) for s, y, rho in past]
-        direction = -_two_loops(gradient, inverse, past)
-        moved, logits, stuck = _search(problem, theta, logits, gradient, direction)
-        if bool(stuck.all()):
-            break
-        new = problem.gradient(logits) + problem.penalty * moved
-        s, y = moved - theta, new - gradient
-        product = (s * y).sum(1, keepdim=True)
-        past = [*past[1 - HISTORY :], (s, y, torch.where(product > 0, 1 / product.clamp_min(1e-300), 0.0))]
-        theta, gradient = moved, new
-    return out, size
-
-
-def _two_loops(gradient: Tensor, inverse: Tensor, past: list[tuple[Tensor, Tensor, Tensor]]) -> Float[Tensor, "b p"]:
-    q, alphas = gradient, []
-    for s, y, rho in reversed(past):
-        alphas.append(rho * (s * q).sum(1, keepdim=True))
-        q = torch.addcmul(q, alphas[-1], y, value=-1)
-    if past:
-        _, y, rho = past[-1]
-        scale = rho * (y * inverse * y).sum(1, keepdim=True)
-        q = q * inverse / torch.where(scale > 0, scale, 1.0)
-    else:
-        q = q * inverse
-    for (s, y, rho), alpha in zip(past, reversed(alphas), strict=True):
-        q = torch.addcmul(q, alpha - rho * (y * q).sum(1, keepdim=True), s)
-    return q
-
-
-def _search(
-    problem: _Binary | _Multinomial, theta: Tensor, logits: Tensor, gradient: Tensor, direction: Tensor
-) -> tuple[Tensor, Tensor, Bool[Tensor, " b"]]:
-    """Halve the step until the objective falls enough (Armijo). And which could not move."""
-
-    def objective(theta: Tensor, logits: Tensor) -> Tensor:
-        return problem.loss(logits) + theta**2 @ problem.penalty / 2
-
-    change = problem.logits(direction)
-    before, slope = objective(theta, logits), (gradient * direction).sum(1)
-    slack = 1e-13 * before.abs()  # near the minimum a step changes the objective by less than its rounding
-    length, fails = torch.ones_like(before), torch.zeros_like(before, dtype=torch.bool)
-    for _ in range(40):
-        moved, to = torch.addcmul(theta, length[:, None], direction), torch.addcmul(logits, length[:, None], change)
-        fails = objective(moved, to) > before + 1e-4 * length * slope + slack
-        if not bool(fails.any()):
-            return moved, to, torch.zeros_like(fails)
-        length = torch.where(fails, length / 2, length)
-    length = torch.where(fails, 0.0, length)
-    return theta + length[:, None] * direction, logits + length[:, None] * change, fails

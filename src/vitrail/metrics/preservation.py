@@ -45,6 +45,7 @@ from torch import Tensor
 
 from vitrail.metrics.measured import Measured, over_images
 from vitrail.metrics.moran import COMPAT
+from vitrail.metrics.multinomial import fit_logistic
 from vitrail.metrics.passing import Metric, Seen, Setting
 
 POOLS = ("max", "mean")
@@ -77,38 +78,49 @@ def fit_probe(
     c: float = C,
     max_iterations: int = MAX_ITERATIONS,
     tolerance: float = TOLERANCE,
-    centre: bool = True,
+    released: bool = False,
 ) -> Probe:
-    """In the precision of `u`. `centre`: the fit works on u less its mean, which has the same solution, found sooner.
+    """scikit-learn's regression: of two classes it has one vector of weights. `released`: fitted by itself, in the
+    precision of `u`, which ends where it ends.
 
-    Needs `vitrail[probes]`. Raises ValueError if there is one class, or not one label a row. Warns where lbfgs did not
-    come to an end: its answers then depend on where it stopped.
+    Raises ValueError if there is one class, or not one label a row. Warns where it did not come to an end: its answers
+    then depend on where it stopped.
     """
+    if len(u) != len(labels):
+        raise ValueError(f"{len(u)} rows and {len(labels)} labels: there must be one label a row.")
+    classes, own = torch.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError("a probe tells classes apart: these rows are all of one class.")
+    if released:
+        weight, bias, converged = _by_scikit_learn(u, own, c, max_iterations, tolerance)
+    else:
+        of_two = c / 2 if len(classes) == 2 else c
+        found = fit_logistic(u, own, c=of_two, tol=tolerance, max_iter=max_iterations)
+        weight, bias, converged = found.weight, found.bias, found.converged
+    if not converged:
+        warnings.warn(
+            f"a probe of {len(u)} rows and {len(classes)} classes did not converge in {max_iterations} iterations.",
+            stacklevel=2,
+        )
+    return Probe(weight, bias, classes, converged, len(u))
+
+
+def _by_scikit_learn(
+    u: Float[Tensor, "n d"], own: Int[Tensor, " n"], c: float, max_iterations: int, tolerance: float
+) -> tuple[Float[Tensor, "n_classes d"], Float[Tensor, " n_classes"], bool]:
     try:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise ImportError('a probe is fitted by scikit-learn: pip install "vitrail[probes]".') from error
-    if len(u) != len(labels):
-        raise ValueError(f"{len(u)} rows and {len(labels)} labels: there must be one label a row.")
-    if len(labels.unique()) < 2:
-        raise ValueError("a probe tells classes apart: these rows are all of one class.")
-    middle = u.mean(0) if centre else torch.zeros_like(u[0])
+        raise ImportError("the released package's probe is scikit-learn's: pip install \"vitrail[probes]\".") from error
     model = LogisticRegression(C=c, max_iter=max_iterations, tol=tolerance)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit((u - middle).numpy(), labels.numpy())
-    converged = bool(np.max(model.n_iter_) < max_iterations)
-    if not converged:
-        warnings.warn(
-            f"a probe of {len(u)} rows and {len(model.classes_)} classes did not converge in {max_iterations} "
-            "iterations.",
-            stacklevel=2,
-        )
+        model.fit(u.numpy(), own.numpy())
     weight, bias = (torch.from_numpy(of).double() for of in (model.coef_, model.intercept_))
-    if len(model.classes_) == 2:  # scikit-learn keeps one row for two classes
+    if len(model.classes_) == 2:  # it keeps one row for two classes
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-    return Probe(weight, bias - weight @ middle.double(), torch.from_numpy(model.classes_), converged, len(u))
+    return weight, bias, bool(np.max(model.n_iter_) < max_iterations)
 
 
 @dataclass(eq=False)
@@ -194,7 +206,7 @@ class Preservation(Metric):
             return {}
         train, test = parts
         raw, recon = self._standardized(torch.cat(self._raw), torch.cat(self._recon), train)
-        how: dict[str, Any] = {"tolerance": 1e-4, "centre": False} if self._compat else {}
+        how: dict[str, Any] = {"tolerance": 1e-4, "released": True} if self._compat else {}
         probe = self._probes.fit(raw[train], labels[train], **how)
         before, after, y = probe(raw[test]), probe(recon[test]), labels[test]
         columns = {"raw": before == y, "recon": after == y, "same": before == after}
@@ -213,9 +225,9 @@ class Preservation(Metric):
 
         if self._compat:
             found = ratio("recon", "raw")
-            ends = (None if end is None else min(end, MOST) for end in (found.low, found.high))
+            low, high = (None if end is None else min(end, MOST) for end in (found.low, found.high))
             value = 0.0 if math.isnan(found.value) or not columns["raw"].any() else min(found.value, MOST)
-            return {"preservation_visaebench": Measured(value, tag, found.n, *ends)}
+            return {"preservation_visaebench": Measured(value, tag, found.n, low, high)}
         out = {
             "preservation": ratio("recon", "raw"),
             "preservation_same": ratio("same", "n"),

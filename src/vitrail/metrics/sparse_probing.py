@@ -42,8 +42,9 @@ from torch import Tensor
 
 from vitrail.coders.sparse import Codes
 from vitrail.metrics.class_sums import ClassSums, ranking
-from vitrail.metrics.logistic_probes import Probes, SparseRows, fit_binary_sparse, fit_multinomial
+from vitrail.metrics.column_probes import GATHERED, column_logits, columns, fit_columns
 from vitrail.metrics.measured import Measured, over_images
+from vitrail.metrics.multinomial import fit_logistic
 from vitrail.metrics.passing import Curve, Metric, Seen, Setting
 from vitrail.metrics.truth import Firing, Pool
 
@@ -51,7 +52,6 @@ KS = tuple(2**i for i in range(11))
 AREA_KS = (1, 5, 10, 20, 50, 100)
 HEADLINE = 128
 COMPAT = "visaebench-0.1"
-GATHERED = 2**24  # values of rows laid out at once
 
 
 class PooledCodes:
@@ -254,12 +254,11 @@ def _multinomial(
 ) -> dict[int, np.ndarray]:
     every = sorted({*ks, *(k for k in AREA_KS if k <= learn.d_sae)})
     latents = torch.from_numpy(ranking(sums.all_classes(), every[-1]))
-    x, x_test = columns(learn, latents), columns(judge, latents).double()
-    probes, right = None, {}
+    x, x_test = columns(learn, latents), columns(judge, latents)
+    probe, right = None, {}
     for k in every:
-        probes = fit_multinomial(x[:, :k], torch.from_numpy(y), len(sums.counts), start=probes)
-        scores = torch.addmm(probes.bias, x_test[:, :k], probes.weight.t())
-        right[k] = scores.argmax(1).numpy() == y_test
+        probe = fit_logistic(x[:, :k], torch.from_numpy(y), n_classes=len(sums.counts), start=probe)
+        right[k] = probe.predict(x_test[:, :k]).numpy() == y_test
     return right
 
 
@@ -288,86 +287,7 @@ def area(ks: Sequence[int], values: Sequence[Any]) -> Any:
     return sum(parts[1:], parts[0]) / (ks[-1] - ks[0])
 
 
-# -- probes of columns of sparse codes
-
-
-def columns(codes: Codes, latents: Int[Tensor, " k"]) -> Float[Tensor, "n k"]:
-    """These latents of all rows, dense."""
-    place = torch.full((codes.d_sae,), -1)
-    place[latents] = torch.arange(len(latents))
-    column = place[codes.indices.long()]
-    kept = column >= 0
-    out = torch.zeros(codes.n, len(latents))
-    out[codes.rows()[kept], column[kept]] = codes.values[kept].float()
-    return out
-
-
-def fit_columns(
-    codes: Codes,
-    latents: Int[Tensor, "b k"],
-    positive: Bool[Tensor, "b n"],
-    *,
-    counted: Bool[Tensor, "b n"] | None = None,
-    start: Probes | None = None,
-) -> Probes:
-    """b regressions, each on k latents of its own. `counted`: the rows of each (None: all).
-
-    Rows in which none of its latents fires are one row to a regression, which counts as often as they are.
-    """
-    b, k = latents.shape
-    part = max(1, GATHERED // ((codes.n + 2) * min(k + 1, 64)))
-    found = []
-    for first in range(0, b, part):
-        some = slice(first, first + part)
-        x, y, weights = _laid_out(codes, latents[some], positive[some], None if counted is None else counted[some])
-        before = None if start is None else Probes(start.weight[some], start.bias[some], start.gradient[some])
-        found.append(fit_binary_sparse(x, y, weights, start=before))
-    return Probes(
-        torch.cat([one.weight for one in found]),
-        torch.cat([one.bias for one in found]),
-        torch.cat([one.gradient for one in found]),
-    )
-
-
-def column_logits(codes: Codes, latents: Int[Tensor, "b k"], probes: Probes) -> Float[Tensor, "b n"]:
-    problem, column, row, value = _entries(codes, latents)
-    out = probes.bias[:, None].repeat(1, codes.n)
-    out.view(-1).index_add_(0, problem * codes.n + row, probes.weight[problem, column] * value.double())
-    return out
-
-
-def _entries(codes: Codes, latents: Int[Tensor, "b k"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is not zero of the latents of each regression: regression, column, row, value."""
-    order, rows, offsets = codes.transposed()
-    flat = latents.reshape(-1)
-    first, count = offsets[flat].long(), offsets.diff()[flat].long()
-    place = torch.repeat_interleave(torch.arange(len(flat)), count)
-    entry = torch.arange(len(place)) - (count.cumsum(0) - count)[place] + first[place]
-    k = latents.shape[1]
-    return place // k, place % k, rows[entry].long(), codes.values[order[entry]]
-
-
-def _laid_out(
-    codes: Codes, latents: Int[Tensor, "b k"], positive: Bool[Tensor, "b n"], counted: Bool[Tensor, "b n"] | None
-) -> tuple[SparseRows, Bool[Tensor, "b m"], Float[Tensor, "b m"]]:
-    """Rows of each regression, of those that are all zero one positive and one negative; and how often each counts."""
-    problem, column, row, value = _entries(codes, latents)
-    if counted is not None:
-        kept = counted[problem, row]
-        problem, column, row, value = problem[kept], column[kept], row[kept], value[kept]
-    b, k = latents.shape
-    fires = torch.zeros(b, codes.n, dtype=torch.bool)
-    fires[problem, row] = True
-    place = fires.cumsum(1) - 1
-    m = int(place[:, -1].max()) + 3
-    x = SparseRows(problem, column, place[problem, row], value.float(), (b, m, k))
-    y, weights = torch.zeros(b, m, dtype=torch.bool), torch.zeros(b, m, dtype=torch.float64)
-    one, at = fires.nonzero(as_tuple=True)
-    y[one, place[one, at]], weights[one, place[one, at]] = positive[one, at], 1.0
-    silent = ~fires if counted is None else counted & ~fires
-    y[:, -2] = True
-    weights[:, -2], weights[:, -1] = (silent & positive).sum(1).double(), (silent & ~positive).sum(1).double()
-    return x, y, weights
+# -- scores
 
 
 def _rows_of(labels: np.ndarray, classes: np.ndarray) -> Bool[Tensor, "b n"]:

@@ -96,7 +96,7 @@ def l0_maps(rows: Rows, path: Path) -> tuple[list[dict[str, Any]], list[Path]]:
             grid = [means[start : start + width] for start in range(0, len(means), width)]
             shown = axis.imshow(grid, cmap="viridis")
             axis.figure.colorbar(shown, ax=axis, shrink=0.75).ax.tick_params(labelsize=6)
-            axis.set_title(row_name(row), fontsize=7)
+            axis.set_title(_wrapped(row_name(row)), fontsize=7)
             axis.set_xticks([])
             axis.set_yticks([])
     return numbers, made
@@ -118,7 +118,7 @@ def l0_boxes(rows: Rows, path: Path) -> tuple[list[dict[str, Any]], list[Path]]:
             for one in tokens:
                 if one["kind"] != "patch":
                     axis.plot(one["token"], one["median"], "o", color=COLOURS[1], markersize=4)
-            axis.set_title(row_name(row), fontsize=7)
+            axis.set_title(_wrapped(row_name(row)), fontsize=7)
             axis.set_xlabel("token (CLS and registers: dots)", fontsize=8)
     return numbers, made
 
@@ -206,6 +206,19 @@ def _limit(axis: Any, name: str) -> None:
     axis.set_ylabel(name.replace("_", " ") + (" (beyond: not drawn)" if cut else ""), fontsize=8)
 
 
+TITLE_LETTERS = 40  # at size 7 narrower than a panel
+
+
+def _wrapped(title: str) -> str:
+    """In lines of at most TITLE_LETTERS, broken at spaces or, within a long name, at its dots and underscores."""
+    lines = [""]
+    for part in re.findall(r"[^\s._]*[\s._]*", title):
+        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > TITLE_LETTERS:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.strip() for line in lines)
+
+
 def _having(rows: Rows, curve: str) -> list[dict[str, Any]]:
     return [row for row in rows if row.get("curves", {}).get(curve)]
 
@@ -250,7 +263,7 @@ def _figure(path: Path, n_panels: int, title: str, *, legend: bool = True) -> It
         if legend:
             axes[0].legend(fontsize=6, frameon=False)
         figure.suptitle(title, fontsize=9)
-        figure.tight_layout()
+        figure.tight_layout(h_pad=1.8)  # titles of two lines
         for form in FORMS:
             made.append(path.with_name(f"{path.name}.{form}"))
             with replacing(made[-1]) as temporary:

@@ -14,8 +14,9 @@ exact p (rho = 1 on DTD).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from itertools import islice, permutations
 from typing import Any, Literal
 
@@ -113,12 +114,42 @@ class Hypothesis:
     threshold: float
 
 
+# ViSAEBench section 4.5. A task that ends in "*" is the first whose name begins so: `resolve`.
 HYPOTHESES = (
-    Hypothesis("H1", "moran", "segmentation_miou", 0.7),
-    Hypothesis("H2", "monosemanticity_normalized", "fine_grained_accuracy", 0.6),
-    Hypothesis("H3", "preservation", "retrieval_r@1", 0.6),
-    Hypothesis("H4", "ovr_auc_128", "cross_domain_ovr_auc_128", 0.7),
+    Hypothesis("H1", "moran", "segmentation_miou_raw@*", 0.7),
+    Hypothesis("H2", "monosemanticity_normalized", "linear_accuracy_raw@test", 0.6),
+    Hypothesis("H3", "preservation", "retrieval_r@1_raw", 0.6),
+    Hypothesis("H4", "ovr_auc_128", "cross_domain_codes_accuracy_128@*", 0.7),
 )
+
+
+def hypotheses_of(options: Mapping[str, Any]) -> tuple[Hypothesis, ...]:
+    """`hypotheses` of a study's options, a list of {name, metric, task, threshold}; HYPOTHESES where there are none.
+
+    Raises ValueError for a list of anything else.
+    """
+    told = options.get("hypotheses")
+    if told is None:
+        return HYPOTHESES
+    if isinstance(told, str | Mapping) or not isinstance(told, Sequence):
+        raise ValueError("hypotheses must be a list, as [{name: H1, metric: moran, task: ..., threshold: 0.7}].")
+    known, found = {one.name for one in fields(Hypothesis)}, []
+    for one in told:
+        if not isinstance(one, Mapping) or set(one) != known:
+            raise ValueError(f"a hypothesis has name, metric, task and threshold, each once; got {one!r}.")
+        if isinstance(one["threshold"], bool) or not isinstance(one["threshold"], int | float):
+            raise ValueError(f"threshold of {one['name']} must be a number in -1..1, got {one['threshold']!r}.")
+        if not -1 <= one["threshold"] <= 1:
+            raise ValueError(f"threshold of {one['name']} must be in -1..1, got {one['threshold']}.")
+        found.append(Hypothesis(str(one["name"]), str(one["metric"]), str(one["task"]), float(one["threshold"])))
+    return tuple(found)
+
+
+def resolve(one: Hypothesis, metrics: Iterable[str], tasks: Iterable[str]) -> Hypothesis | None:
+    """The hypothesis with names that there are; None where its metric or task was not measured."""
+    metric, task = _first(one.metric, metrics), _first(one.task, tasks)
+    return None if metric is None or task is None else replace(one, metric=metric, task=task)
+
 
 ByBackbone = Mapping[str, float]
 
@@ -291,20 +322,24 @@ def within_and_between(
 ) -> list[dict[str, Any]]:
     """Spearman of two columns within each group, over the groups' means ("between"), and over all rows ("all").
 
-    What holds between backbones need not hold within one: FVU against preservation (SPEC row 84).
+    What holds between backbones need not hold within one: FVU against preservation (SPEC row 84). NaN for fewer than
+    three pairs.
     """
     groups: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         groups.setdefault(row[group], []).append((float(row[x]), float(row[y])))
-    out = [{group: name, **_as_row(spearman(*zip(*pairs, strict=True), seed=seed))} for name, pairs in groups.items()]
+    out = [{group: name, **_of_pairs(pairs, seed)} for name, pairs in groups.items()]
     if len(groups) > 2:
-        means = [tuple(np.mean(pairs, axis=0)) for pairs in groups.values()]
-        out.append({group: "between", **_as_row(spearman(*zip(*means, strict=True), seed=seed))})
-    every = [pair for pairs in groups.values() for pair in pairs]
-    return [*out, {group: "all", **_as_row(spearman(*zip(*every, strict=True), seed=seed))}]
+        out.append({group: "between", **_of_pairs([tuple(np.mean(pairs, axis=0)) for pairs in groups.values()], seed)})
+    return [*out, {group: "all", **_of_pairs([pair for pairs in groups.values() for pair in pairs], seed)}]
 
 
 # -- helpers
+
+
+def _first(asked: str, names: Iterable[str]) -> str | None:
+    begins = asked.removesuffix("*")
+    return next((name for name in names if name == asked or (begins != asked and name.startswith(begins))), None)
 
 
 def _paired(x: Sequence[float] | Array, y: Sequence[float] | Array) -> tuple[Array, Array]:
@@ -347,6 +382,7 @@ def _correlation(
     return Correlation(rho, as_far / total, as_high / total, p_t, least, n, exact)
 
 
+@lru_cache(maxsize=4)  # a matrix asks for the same ones for each of its pairs
 def _orders(n: int, seed: int) -> tuple[NDArray[np.int64], bool]:
     """All n! orders, or some that are drawn."""
     if n <= EXACT_UP_TO:
@@ -364,12 +400,13 @@ def _named(tables: Mapping[str, ByBackbone], name: str, what: str) -> ByBackbone
 
 def _over_backbones(x: ByBackbone, y: ByBackbone, seed: int) -> dict[str, Any]:
     shared = [name for name in x if name in y and math.isfinite(x[name]) and math.isfinite(y[name])]
-    if len(shared) < 3:
-        return {"rho": math.nan, "p": math.nan, "p_one_sided": math.nan, "p_t": math.nan} | {
-            "p_least": math.nan,
-            "n": len(shared),
-        }
-    return _as_row(spearman([x[name] for name in shared], [y[name] for name in shared], seed=seed))
+    return _of_pairs([(x[name], y[name]) for name in shared], seed)
+
+
+def _of_pairs(pairs: Sequence[tuple[float, ...]], seed: int) -> dict[str, Any]:
+    if len(pairs) < 3:
+        return {**dict.fromkeys(("rho", "p", "p_one_sided", "p_t", "p_least"), math.nan), "n": len(pairs)}
+    return _as_row(spearman([pair[0] for pair in pairs], [pair[1] for pair in pairs], seed=seed))
 
 
 def _as_row(found: Correlation) -> dict[str, Any]:

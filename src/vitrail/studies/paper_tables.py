@@ -6,6 +6,8 @@
 A column stands where some row has its number. Values are vitrail's own definitions; those columns whose published
 definition differs have a twin under the published one (`published=True`), never silently instead. The CSV has the
 column names of the published tables, full precision and an interval beside each number: `vitrail check-table` reads it.
+
+`differences_table` has the same columns of differences between rows of one pass, with paired intervals over its images.
 """
 
 import csv
@@ -89,27 +91,79 @@ def paper_table(
     intervals: bool = False,
 ) -> str:
     """The rows as text. Raises ValueError for a layout or form there is none of, and where no column has a number."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}.")
     kept = [row for row in rows if controls or row.get("control_of") is None]
-    columns = [c for c in LAYOUTS[layout] if any(_number(row, c.measure) is not None for row in kept)]
-    if not columns:
-        raise ValueError(
-            f"none of these {len(kept)} rows has a number of the {layout} table. Measure with `vitrail eval --metrics "
-            "all`."
-        )
+    columns = _columns(kept, layout, form)
     if form == "csv":
         return _csv(kept, columns)
     cells = [[row_name(row), *(_cell(row, column, intervals) for column in columns)] for row in kept]
     return FORMS[form](["", *(column.title for column in columns)], cells, [row.get("control_of") for row in kept])
 
 
+def differences_table(
+    rows: Sequence[dict[str, Any]], layout: str, *, form: str = "markdown", against: str | None = None
+) -> str:
+    """Each coder less each of its controls, image by image; with `against`, less that row: another coder by name, or a
+    control, also by its own name alone ("pca").
+
+    Intervals are of differences over the same images. Where a number has no interval over images (CKNNA, what is of a
+    decoder alone), it has no paired one either: a dash. Raises ValueError where there are no such differences.
+    """
+    columns = _columns(rows, layout, form)
+    found = [
+        {**row, "name": f"{row_name(row)} less {own_name(other)}", "less": other, "measured": differences}
+        for row in rows
+        for other, differences in row.get("paired", {}).items()
+        if (is_control(row, other) if against is None else against in (other, own_name(other)))
+    ]
+    if not found:
+        raise ValueError(_no_differences(rows, against))
+    if form == "csv":
+        return _csv(found, columns, less=True)
+    cells = [[row["name"], *(_cell(row, column, True, sign="+") for column in columns)] for row in found]
+    return FORMS[form](["", *(column.title for column in columns)], cells, [row["less"] for row in found])
+
+
+def is_control(row: dict[str, Any], other: str) -> bool:
+    """Whether the row of this name is a control of the coder `row`, by how controls are named."""
+    return other.startswith(f"{row['name']} / ")
+
+
+def _no_differences(rows: Sequence[dict[str, Any]], against: str | None) -> str:
+    names = list(dict.fromkeys(other for row in rows for other in row.get("paired", {})))
+    if not names:
+        return (
+            f"these {len(rows)} rows have no differences over the same images: they were measured one coder a time and "
+            "without controls, or before there were any. Measure them in one `vitrail eval`, into a new file."
+        )
+    if against is None:
+        return f"no coder has a control here. Name a coder with --against: {', '.join(names)}."
+    return f"no row was compared with {against!r}. There are: {', '.join(names)}."
+
+
+def _columns(rows: Sequence[dict[str, Any]], layout: str, form: str) -> list[Column]:
+    """Those of which some row has a number."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}.")
+    columns = [c for c in LAYOUTS[layout] if any(_number(row, c.measure) is not None for row in rows)]
+    if not columns:
+        raise ValueError(
+            f"none of these {len(rows)} rows has a number of the {layout} table. Measure with `vitrail eval --metrics "
+            "all`."
+        )
+    return columns
+
+
+def own_name(name: str) -> str:
+    """A control's own, without the coder's."""
+    return name.split(" / ")[-1]
+
+
 def row_name(row: dict[str, Any]) -> str:
     """A coder's name with its point; a control's last word."""
     if row.get("control_of") is not None:
-        return row["name"].split(" / ")[-1]
+        return own_name(row["name"])
     return f"{row['name']} ({row['point']})" if "point" in row else row["name"]
 
 
@@ -117,17 +171,19 @@ def _number(row: dict[str, Any], measure: str | None) -> float | None:
     return None if measure is None else row["measured"].get(measure, {}).get("value")
 
 
-def _cell(row: dict[str, Any], column: Column, intervals: bool) -> str:
+def _cell(row: dict[str, Any], column: Column, intervals: bool, sign: str = "") -> str:
+    """`sign`: "+" for a difference, which has no spread."""
     value = _number(row, column.measure)
     if value is None:
         return "–"
-    text = f"{column.scale * value:.{column.digits}f}"
-    spread = _number(row, column.spread)
+    form = f"{sign}.{column.digits}f"
+    text = f"{column.scale * value:{form}}"
+    spread = None if sign else _number(row, column.spread)
     if spread is not None:
         text += f" ± {column.scale * spread:.{column.digits}f}"
     found = row["measured"][column.measure]
     if intervals and found.get("low") is not None and found.get("high") is not None:
-        low, high = (f"{column.scale * found[end]:.{column.digits}f}" for end in ("low", "high"))
+        low, high = (f"{column.scale * found[end]:{form}}" for end in ("low", "high"))
         text += f" [{low}, {high}]"
     return text
 
@@ -170,14 +226,17 @@ def _html(titles: list[str], cells: list[list[str]], control_of: list[str | None
     return "<table>\n<thead>" + line(titles, "th") + "</thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody>\n</table>\n"
 
 
-def _csv(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> str:
-    """Full precision. Of each number its interval, where there is one, and the definition by which it was computed."""
+def _csv(rows: Sequence[dict[str, Any]], columns: Sequence[Column], *, less: bool = False) -> str:
+    """Full precision. Of each number its interval, where there is one, and the definition by which it was computed.
+    `less`: the rows are differences, and say from what.
+    """
+    said = ["name", *(["less"] if less else []), "architecture", "control_of", "point", "tokens", "d_in", "d_sae"]
     stream = io.StringIO()
     table = csv.writer(stream, lineterminator="\n")
     heads = [f"{c.csv_name}{end}" for c in columns for end in ("", "_low", "_high", "_definition")]
-    table.writerow(["name", "architecture", "control_of", "point", "tokens", "d_in", "d_sae", *heads])
+    table.writerow([*said, *heads])
     for row in rows:
-        about = [row.get(key, "") for key in ("name", "architecture", "control_of", "point", "tokens", "d_in", "d_sae")]
+        about = [row.get(key, "") for key in said]
         cells: list[Any] = []
         for column in columns:
             found = row["measured"].get(column.measure, {})

@@ -188,9 +188,12 @@ class RandomWeights:
 
     @contextmanager
     def within(self, backbone: Backbone) -> Iterator[Backbone]:
-        """While open, the backbone has these weights. They change places by reference: nothing is copied."""
+        """While open, the backbone has these weights, and a digest of its own. They change places by reference:
+        nothing is copied.
+        """
         own = _tensors(backbone.module)
         kept = {name: own[name].data for name in self.weights}
+        digest = vars(backbone).pop("digest", None)  # kept by cached_property, once it was asked for
         try:
             for name, value in self.weights.items():
                 own[name].data = value
@@ -198,6 +201,9 @@ class RandomWeights:
         finally:
             for name, value in kept.items():
                 own[name].data = value
+            vars(backbone).pop("digest", None)
+            if digest is not None:
+                vars(backbone)["digest"] = digest
 
     def to_json(self) -> dict[str, Any]:
         counts = {way: sum(found == way for found in self.how.values()) for way in sorted(set(self.how.values()))}

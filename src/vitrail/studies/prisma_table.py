@@ -17,6 +17,14 @@ spend as many active latents per row as the coder they stand beside:
     kmeans      the k nearest of at most 512 centroids
     untrained   the same architecture and starting weights, its normalisation fitted
 
+and, of the coder on a backbone that has learnt nothing (`random_backbone`),
+
+    random backbone             the coder as it is, on the activations of the same model with random weights
+    trained on random backbone  a coder of the same architecture, size, seed and steps, trained on those activations
+
+Two rows of one pass are over the same images, so their difference has an interval of its own (`with_pairs`): of a coder
+less each of its controls, and less each other coder at the same place.
+
 Of several points, explained variance is over all their values side by side, in raw units: the point with the largest
 activations rules it. The rows of single points say the rest.
 """
@@ -25,7 +33,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +49,7 @@ from vitrail.files import tensors_digest
 from vitrail.images.base import ImageSource
 from vitrail.images.loader import load_batches
 from vitrail.metrics.heads import Head
-from vitrail.metrics.measured import Measured
+from vitrail.metrics.measured import Measured, all_paired
 from vitrail.metrics.passing import Curve, finite
 from vitrail.metrics.places import Place, place_of
 from vitrail.metrics.substitution import RAW_NAMES, substitution_metrics
@@ -49,6 +57,7 @@ from vitrail.progress import SILENT, Progress
 from vitrail.provenance import peak_memory_mb, provenance
 from vitrail.studies.prisma_controls import RandomWeights, controls_of
 from vitrail.studies.prisma_pass import Contender, MetricFactory, Sums, Table, Together
+from vitrail.studies.random_training import RandomCoders
 
 SUBSTITUTIONS = ("trained-tokens", "all-tokens")
 Coders = Mapping[str, SparseCoder | Mapping[str, SparseCoder]]
@@ -57,7 +66,10 @@ Sample = Float[Tensor, "n d_row"] | Mapping[str, Tensor] | None
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `control_of` names the coder a control stands beside, None for a coder."""
+    """One line of the table. `control_of` names the coder a control stands beside, None for a coder.
+
+    `paired`: of a coder, by the names of its controls and of the other coders at its place, its numbers less theirs.
+    """
 
     name: str
     architecture: str
@@ -65,6 +77,7 @@ class Row:
     measured: dict[str, Measured]
     about: dict[str, Any]  # point, tokens, digests, sizes, cost, provenance
     curves: dict[str, Curve] = field(default_factory=dict)
+    paired: dict[str, dict[str, Measured]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -74,7 +87,17 @@ class Row:
             "measured": {name: value.to_json() for name, value in self.measured.items()},
             **self.about,
             **({"curves": finite(self.curves)} if self.curves else {}),
+            **({"paired": pairs_to_json(self.paired)} if self.paired else {}),
         }
+
+
+def pairs_to_json(pairs: Mapping[str, Mapping[str, Measured]]) -> dict[str, dict[str, Any]]:
+    """Without definitions: they are those of the rows' own numbers."""
+    kept = ("value", "low", "high", "n")
+    return {
+        other: {name: {key: one.to_json()[key] for key in kept} for name, one in differences.items()}
+        for other, differences in pairs.items()
+    }
 
 
 def prisma_table(
@@ -89,7 +112,7 @@ def prisma_table(
     head: Head | None,
     control_sample: Sample,
     metrics: Sequence[MetricFactory] = (),
-    random_backbone: str | None = None,
+    random_backbone: str | RandomCoders | None = None,
     limit: int | None = None,
     substitution: str = "trained-tokens",
     batch_size: int = 64,
@@ -108,14 +131,14 @@ def prisma_table(
     rows of sets and of single points of a crosscoder have only these three.
 
     `random_backbone="encode"` adds, for each coder, the same coder on the activations of the same model with random
-    weights (`RandomWeights`): how much of its numbers comes from any activations of these widths. The stronger control,
-    a coder trained on those activations, is a study's work: extract with `RandomWeights.of(backbone).within(backbone)`,
-    and train.
+    weights (`RandomWeights`): how much of its numbers comes from any activations of these widths. The coders of
+    `train_on_random` add those, and also themselves: coders that were trained on such activations, by the names of the
+    coders they stand beside (of a set, "NAME @ POINT"), and of the same `seed`.
     """
     if substitution not in SUBSTITUTIONS:
         raise ValueError(f"substitution must be one of {', '.join(SUBSTITUTIONS)}, got {substitution!r}.")
-    if random_backbone not in (None, "encode"):
-        raise ValueError(f"random_backbone must be 'encode' or None, got {random_backbone!r}.")
+    if not isinstance(random_backbone, RandomCoders) and random_backbone not in (None, "encode"):
+        raise ValueError(f"random_backbone must be 'encode', RandomCoders or None, got {random_backbone!r}.")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}.")
     positions = list(range(len(images)))
@@ -128,19 +151,7 @@ def prisma_table(
     digest = backbone.digest  # before the weights change places
     tables: list[tuple[Table, RandomWeights | None]] = [(table, None)]
     if random_backbone is not None:
-        again = {
-            f"{name} / random backbone": Contender(
-                one.coder,
-                one.place,
-                control_of=name,
-                shift=one.shift,
-                given_as=one.given_as,
-                in_set=one.in_set,
-                control="random backbone",
-            )
-            for name, one in contenders.items()
-            if one.control_of is None
-        }
+        again = on_random_backbone(contenders, random_backbone, seed)
         random_weights = RandomWeights.of(backbone, seed=seed)
         tables.append((Table(backbone, again, metrics=metrics, **options), random_weights))
     began = time.monotonic()
@@ -173,7 +184,32 @@ def prisma_table(
             seed=seed,
         )
     ]
-    return in_order(rows, list(coders))
+    return with_pairs(in_order(rows, list(coders)))
+
+
+def with_pairs(rows: Sequence[Row]) -> list[Row]:
+    """Each coder's row with its numbers less those of its controls, and of the other coders of its place and tokens.
+
+    The rows are over the same images in the same order: of one pass, or of several with the same images and seed.
+    """
+    return [
+        replace(row, paired={other.name: all_paired(row.measured, other.measured) for other in beside(row, rows)})
+        for row in rows
+    ]
+
+
+def beside(row: Row, rows: Sequence[Row]) -> list[Row]:
+    """The rows that a coder is compared with; of a control, none."""
+    if row.control_of is not None:
+        return []
+    coders = [one for one in rows if one.control_of is None and one is not row and _written(one) == _written(row)]
+    return [*(one for one in rows if one.control_of == row.name), *coders]
+
+
+def _written(row: Row) -> tuple[Any, ...]:
+    """Where a row was measured: two rows' errors are of the same values only if this is the same."""
+    point = row.about.get("target_point") or row.about.get("points") or row.about["point"]
+    return str(point), row.about["tokens"], row.about["n_images"]
 
 
 def contenders_of(
@@ -204,6 +240,27 @@ def contenders_of(
             for control, beside in built.items():
                 found[f"{of} / {control}"] = Contender(beside, place, control_of=of, at_most=k, control=control, **told)
     return found, seconds
+
+
+def on_random_backbone(
+    contenders: Mapping[str, Contender], wanted: str | RandomCoders, seed: int
+) -> dict[str, Contender]:
+    """The coders themselves, and those that were trained on activations of the random backbone."""
+    found: dict[str, Contender] = {}
+    for name, one in contenders.items():
+        if one.control_of is not None:
+            continue
+        likes = {"random backbone": one.coder}
+        if isinstance(wanted, RandomCoders):
+            if name not in wanted or wanted.seed != seed:
+                raise ValueError(
+                    f"a coder trained on the random backbone of seed {seed} is needed for {name}; there are "
+                    f"{', '.join(wanted) or 'none'}, of seed {wanted.seed}."
+                )
+            likes["trained on random backbone"] = wanted.coders[name]
+        for control, coder in likes.items():
+            found[f"{name} / {control}"] = replace(one, coder=coder, control_of=name, control=control)
+    return found
 
 
 def sample_of(coder: SparseCoder, place: Place, sample: Sample) -> Float[Tensor, "n d_row"] | None:

@@ -27,7 +27,8 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for name, group in groups.items():
         if len(group) > 1:
             check_seeds({row["name"]: row["coder_digest"] for row in group if "coder_digest" in row})
-            shared = {k: v for k, v in group[0].items() if k not in ("config", "coder_digest", "cost", "curves")}
+            own = ("config", "coder_digest", "cost", "curves", "paired")
+            shared = {k: v for k, v in group[0].items() if k not in own}
             measures = [m for m in group[0]["measured"] if all(m in row["measured"] for row in group)]
             measured = {m: _over_seeds([row["measured"][m] for row in group]) for m in measures}
             seeds = [row["name"] for row in group]

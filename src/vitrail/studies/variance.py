@@ -118,9 +118,40 @@ def decompose_rows(
         at = np.concatenate([rng.choice(places, len(places)) for places in cells.values()])
         again = decompose(y[at], {name: [values[i] for i in at] for name, values in levels.items()}, terms=terms)
         drawn.append([one.eta2 for one in again.terms])
-    low, high = np.percentile(np.array(drawn), [2.5, 97.5], axis=0)
-    bounded = [replace(one, low=float(a), high=float(b)) for one, a, b in zip(found.terms, low, high, strict=True)]
-    return replace(found, terms=tuple(bounded))
+    return _bounded(found, drawn)
+
+
+def noise_over_seeds(cells: Sequence[Sequence[float]]) -> float:
+    """Standard deviation between seeds, pooled over the cells that have several; NaN where none has."""
+    several = [np.asarray(one, dtype=np.float64) for one in cells if len(one) > 1]
+    freedom = sum(len(one) - 1 for one in several)
+    return (
+        math.sqrt(sum(float(np.square(one - one.mean()).sum()) for one in several) / freedom) if freedom else math.nan
+    )
+
+
+def with_noise(
+    found: Decomposition,
+    values: Sequence[float] | Array,
+    factors: Mapping[str, Sequence[Any]],
+    *,
+    terms: Sequence[str] | None = None,
+    sd: float,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+) -> Decomposition:
+    """With an interval of each eta^2: where 95 % of them lie once noise of this sd is added to each value anew.
+
+    For designs in which only some cells have several seeds (`noise_over_seeds`), so that seeds cannot be drawn.
+    """
+    if not (math.isfinite(sd) and sd >= 0):
+        raise ValueError(f"sd must be a number from 0 on, got {sd}.")
+    y, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
+    drawn = [
+        [one.eta2 for one in decompose(y + rng.normal(0, sd, len(y)), factors, terms=terms).terms]
+        for _ in range(n_bootstrap)
+    ]
+    return _bounded(found, drawn)
 
 
 def omega_squared(eta2: float, df: int, eta2_residual: float, df_residual: int) -> float:
@@ -161,6 +192,12 @@ def _contrasts(levels: Sequence[Any]) -> Array:
         place = names.index(level)
         out[row] = -1.0 if place == len(names) - 1 else np.eye(len(names) - 1)[place]
     return out
+
+
+def _bounded(found: Decomposition, drawn: Sequence[Sequence[float]]) -> Decomposition:
+    low, high = np.percentile(np.array(drawn), [2.5, 97.5], axis=0)
+    bounded = [replace(one, low=float(a), high=float(b)) for one, a, b in zip(found.terms, low, high, strict=True)]
+    return replace(found, terms=tuple(bounded))
 
 
 def _interaction(parts: list[Array]) -> Array:
