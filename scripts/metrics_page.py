@@ -81,6 +81,7 @@ its tag, the number of rows or images it was taken over, and, where it can have 
     vitrail eval CODER --images ... --out eval.jsonl --metrics all      # one pass: the coder encodes once
     vitrail table prisma eval.jsonl                                     # a paper's layout; msae, and -published
     vitrail table prisma eval.jsonl --paired                            # each coder less each of its controls
+    vitrail table prisma eval.jsonl --form parquet --out n.parquet      # every number, a line each, full precision
     vitrail compare eval.jsonl --a "topk*" --b "matryoshka*"            # at equal L0, never extrapolated
     vitrail figures eval.jsonl --out figures                            # curves, as vector and PNG, with their numbers
     vitrail modality IMAGES TEXTS --images ... --out both.jsonl         # coders of images and of texts, each on both

@@ -8,6 +8,7 @@ import tyro
 
 from vitrail.files import replacing
 from vitrail.studies.first_look import read_rows
+from vitrail.studies.long_table import write_long_table
 from vitrail.studies.paper_tables import differences_table, paper_table
 from vitrail.studies.seeds import over_seeds
 
@@ -19,7 +20,7 @@ def run(arguments: Sequence[str]) -> None:
 def table_verb(
     layout: Literal["prisma", "prisma-published", "msae", "msae-published"],
     rows: Annotated[tuple[Path, ...], tyro.conf.Positional],
-    form: Literal["markdown", "latex", "html", "csv"] = "markdown",
+    form: Literal["markdown", "latex", "html", "csv", "parquet"] = "markdown",
     controls: bool = True,
     intervals: bool = False,
     seeds: bool = False,
@@ -32,6 +33,7 @@ def table_verb(
     Args:
         layout: the paper; "-published" has its own definitions where they differ from vitrail's (docs/metrics.md)
         rows: eval.jsonl files, or run folders that hold one
+        form: "parquet": every number of every row, whatever the layout, a line each in full precision; needs --out
         controls: with the controls under each coder
         intervals: with 95 % intervals (a CSV always has them)
         seeds: one row for the coders NAME#0, NAME#1, ...: means, and intervals over the seeds
@@ -51,6 +53,11 @@ def table_verb(
         means = over_seeds(found)
         merged = {name for mean in means for name in mean["seeds"]}
         found = means + [row for row in found if row["name"] not in merged and row["control_of"] not in merged]
+    if form == "parquet":
+        if out is None:
+            raise ValueError("a Parquet table is a file: say which with --out numbers.parquet.")
+        print(f"{write_long_table(found, out)} numbers in {out}")
+        return
     if paired:
         text = differences_table(found, layout, form=form, against=against)
     else:
