@@ -108,8 +108,11 @@ class Clock:
             shown = (going[name], ending[name], [a + b for a, b in zip(going[name], ending[name], strict=True)])
             print(f"{name:28} " + " ".join(f"{cpu:8.2f} ({wall:7.2f})" for cpu, wall in shown))
         cpu, wall = (sum(one[i] for of in self.spent.values() for one in of.values()) for i in (0, 1))
-        verdict = "under" if wall < BAR else "NOT under"
-        print(f"total {cpu:.1f} ({wall:.1f}): {verdict} {BAR:.0f} s; peak memory {peak_memory_mb():.0f} MB", flush=True)
+        told = [
+            f"{what} {of:.1f}, {'under' if of < BAR else 'NOT under'} {BAR:.0f}"
+            for what, of in (("CPU", cpu), ("wall", wall))
+        ]
+        print(f"total seconds: {'; '.join(told)}; peak memory {peak_memory_mb():.0f} MB", flush=True)
 
 
 class Pictures:

@@ -18,6 +18,7 @@ FLOORS = [
     {"codes"},
     {"index"},
     {"metrics"},
+    {"concepts"},
     {"toys", "studies"},
     {"cli"},
 ]
@@ -28,6 +29,7 @@ FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 OPTIONAL = {"timm", "open_clip", "transformers", "sklearn", "scipy", "torchvision", "matplotlib"} | {
     "huggingface_hub",
     "yaml",
+    "usearch",
 }
 
 

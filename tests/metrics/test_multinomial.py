@@ -75,3 +75,16 @@ def test_rows_of_nothing_but_constants_give_the_shares():
 def test_too_few_steps_are_told():
     z, y = rows(60, 12)
     assert not fit_logistic(z, y, max_iter=2).converged
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_latent_that_all_rows_share_drowns_nothing(sparse):
+    z, y = rows(40, 90)
+    want = fit_logistic(z, y)
+    z = z.double()
+    z[:, 1] = 3e5  # instead of 0.7: constant either way, so that only its own weight, which is 0, could tell
+    found = fit_logistic(Codes.from_dense(z) if sparse else z, y)
+    assert found.converged
+    np.testing.assert_allclose(found.weight, want.weight, atol=1e-5)
+    z[:, 1] *= torch.linspace(0.9, 1.1, 40, dtype=torch.float64)  # products of rows now have a condition of 1e10
+    assert fit_logistic(Codes.from_dense(z) if sparse else z, y).converged

@@ -61,6 +61,7 @@ from vitrail.metrics.truth import Firing
 
 COMPAT = "visaebench-0.1"
 K, COMPAT_K = 128, 10
+AT_ONCE = 4  # images
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,11 +133,15 @@ class CrossDomain(Metric):
         if seen.labels is None:
             raise ValueError("cross-domain probes read classes: these images have no labels. Use a labelled folder.")
         at = slice(None) if self._patches is None else self._patches
-        x, x_hat = seen.target[:, at].double().cpu(), seen.x_hat[:, at].double().cpu()
-        self._raw.append(x.amax(1).float())
-        self._recon.append(x_hat.amax(1).float())
         self._codes.append(Firing.of_codes(seen.codes, self._n_tokens, self._patches).images)
         self._labels.append(seen.labels.cpu().long())
+        # A few images at a time: in double precision a batch is large, and stays in the cache so.
+        for x, x_hat in zip(seen.target[:, at].split(AT_ONCE), seen.x_hat[:, at].split(AT_ONCE), strict=True):
+            self._add(x.double().cpu(), x_hat.double().cpu())
+
+    def _add(self, x: Float[Tensor, "b p d"], x_hat: Float[Tensor, "b p d"]) -> None:
+        self._raw.append(x.amax(1).float())
+        self._recon.append(x_hat.amax(1).float())
         centred, error = x - self._shift, x - x_hat
         self._sums.append(centred.sum(1))
         parts = (centred.square(), error.square(), x, x.square(), error)

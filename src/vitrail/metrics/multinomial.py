@@ -22,6 +22,7 @@ from vitrail.metrics.minimise import MAX_STEPS, TOL, Diagonal, lbfgs
 
 MOST_ROWS = 8192  # of which all products are taken
 FLOOR = 1e-11  # added to X X^T, of its mean diagonal: it has no inverse, as rows less their mean sum to 0
+FLOORS = 8  # of which each is ten times the one before
 DENSE_VALUES = 2**24
 
 
@@ -107,10 +108,7 @@ def _by_rows(
     max_iter: int,
 ) -> Found:
     forward, backward = product(features), transposed_product(features)
-    products = _products(features, mean)
-    floor = FLOOR * float(products.diagonal().mean())
-    products.diagonal().add_(floor if floor > 0 else 1e-20)
-    factor = torch.linalg.cholesky(products)  # F: lower triangular, n x n
+    factor = _factor(_products(features, mean))
     # The same scores, of a start that lies in the span of the rows: F theta = (X - mean) W.
     scores = forward(before.t().contiguous()) - mean @ before.t()
     theta = torch.linalg.solve_triangular(factor, scores, upper=False).t()
@@ -120,16 +118,33 @@ def _by_rows(
     return (backward(per_row) - mean[:, None] * per_row.sum(0)).t().contiguous(), shift, converged
 
 
+def _factor(products: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """F, lower triangular, with F F^T = X X^T, but for a floor: as small as rounding lets it be, which for rows that
+    have a large latent in common is more than FLOOR."""
+    floor = FLOOR * float(products.diagonal().mean())
+    floor = floor if floor > 0 else 1e-20
+    for _ in range(FLOORS):
+        raised = products.clone()
+        raised.diagonal().add_(floor)
+        factor, failed = torch.linalg.cholesky_ex(raised)
+        if int(failed) == 0:
+            return factor
+        floor *= 10
+    raise ValueError(f"products of {len(products)} rows have no factor, not with {floor / 10:.1e} on their diagonal.")
+
+
 def _products(features: Features, mean: Float[Tensor, " d"]) -> Float[Tensor, "n n"]:
     """Of all pairs of rows less their mean."""
     if not isinstance(features, Codes):
         rows = features.detach().cpu().double() - mean
         return rows @ rows.t()
     forward, at_once = product(features), max(1, DENSE_VALUES // features.d_sae)
-    blocks = [features.select_rows(slice(i, min(i + at_once, features.n))) for i in range(0, features.n, at_once)]
-    raw = torch.cat([forward(block.to_dense().double().t().contiguous()) for block in blocks], 1)
-    along = raw.mean(0)
-    return raw - along - along[:, None] + along.mean()
+    parts = []
+    for start in range(0, features.n, at_once):
+        block = features.select_rows(slice(start, min(start + at_once, features.n)))
+        less = (block.to_dense().double() - mean).t().contiguous()  # before the product: a latent that all rows have
+        parts.append(forward(less) - mean @ less)  # in common would drown the others' digits
+    return torch.cat(parts, 1)
 
 
 def _minimum(

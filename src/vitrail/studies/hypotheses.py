@@ -23,6 +23,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from vitrail.metrics.families import holm
+
 Array = NDArray[np.float64]
 Verdict = Literal["supported", "above the threshold, p not", "not supported"]
 EXACT_UP_TO = 9
@@ -86,19 +88,6 @@ def t_two_sided(t: float, df: int) -> float:
     if df % 2 == 0:
         return 1 - math.sin(theta) * total
     return 1 - 2 / math.pi * (theta + math.sin(theta) * math.cos(theta) * total)
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """In the order given. NaN stays and is no member of the family."""
-    values = np.asarray(p, dtype=np.float64)
-    real = np.flatnonzero(np.isfinite(values))
-    if ((values[real] < 0) | (values[real] > 1)).any():
-        raise ValueError("p-values must be in 0..1.")
-    order = real[np.argsort(values[real], kind="stable")]
-    scaled = values[order] * (len(order) - np.arange(len(order)))
-    out = np.full(len(values), math.nan)
-    out[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
-    return out.tolist()
 
 
 # ------------------------------------------------------------------------------------------- hypotheses and the matrix

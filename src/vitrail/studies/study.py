@@ -31,7 +31,6 @@ from vitrail.backbones import Backbone
 from vitrail.coders import SparseCoder, load_coder, make_coder
 from vitrail.files import json_digest, read_json, replacing, tensors_digest, write_json
 from vitrail.images import open_images
-from vitrail.memory import reused_memory
 from vitrail.metrics.measured import Measured
 from vitrail.metrics.passing import Curve, finite
 from vitrail.progress import SILENT, Progress
@@ -81,7 +80,6 @@ class Cell:
 CellMeasure = Callable[[Cell], tuple[dict[str, Measured], dict[str, Curve]]]
 
 
-@reused_memory()
 def run_study(
     plan: StudyPlan,
     out: str | Path,

@@ -1,0 +1,85 @@
+"""vitrail bias"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from vitrail.backbones import load
+from vitrail.cli.options import pick_device, pick_workers
+from vitrail.coders import coder_metadata, load_coder
+from vitrail.concepts.bias_study import bias_study
+from vitrail.concepts.table import names_of, read_concepts
+from vitrail.images import open_images
+from vitrail.progress import Terminal
+
+
+def run(arguments: Sequence[str]) -> None:
+    tyro.cli(bias_verb, args=arguments, prog="vitrail bias")
+
+
+def bias_verb(
+    coder: Annotated[Path, tyro.conf.Positional],
+    images: str,
+    target: str,
+    out: Path,
+    split: str | None = None,
+    fit_on: str | None = None,
+    concepts: Path | None = None,
+    backbone: str | None = None,
+    weights: Path | None = None,
+    image_px: int | None = None,
+    shown: int = 6,
+    changed: int = 64,
+    permutations: int = 2000,
+    seed: int = 0,
+    workers: int | None = None,
+    device: str = "auto",
+) -> None:
+    """Which latents go with a classifier's answers, and which move them.
+
+    Args:
+        coder: a coder that `vitrail train` wrote
+        images: pictures; half of them fit the classifier, the other half is asked
+        target: what the classifier tells: "label=CLASS", or a concept of a world ("ground:water")
+        out: a folder
+        fit_on: other pictures to fit the classifier on; all of `images` are then asked
+        concepts: concepts.parquet of `vitrail name`, for names of latents
+        shown: how many latents are turned up, those that go with the answer most
+        changed: on so many pictures
+    """
+    on = pick_device(device)
+    loaded, about = load_coder(coder, device=on), coder_metadata(coder)
+    for needed in ("point", "tokens", "backbone"):
+        if needed not in about and not (needed == "backbone" and backbone):
+            raise ValueError(f"{coder} does not say its {needed}: it was not trained by `vitrail train`.")
+    model = load(backbone or about["backbone"], weights=weights, image_px=image_px, device=on)
+    if "backbone_digest" in about and model.digest != about["backbone_digest"]:
+        raise ValueError(f"{model.name} has other weights than the coder was trained on: pass --weights.")
+    told = bias_study(
+        model,
+        loaded.eval(),
+        open_images(images, split=split),
+        out,
+        point=about["point"],
+        tokens=about["tokens"],
+        target=target,
+        fit_on=None if fit_on is None else open_images(fit_on),
+        names=None if concepts is None else names_of(read_concepts(concepts)),
+        n_shown=shown,
+        n_changed=changed,
+        n_permutations=permutations,
+        n_workers=pick_workers(workers),
+        seed=seed,
+        progress=Terminal(),
+    )
+    print(f"the classifier of {target!r} is right in {told['accuracy']:.1%} of {told['n']['asked']} pictures")
+    for one in told["interventions"]:
+        curve = one["curve"]
+        print(
+            f"  latent {one['latent']} {one['name'] or '(no name)'}: r {one['point_biserial']:+.2f}, p family "
+            f"{one['p_family']:.2g}; turned up, P goes from {curve[0]['probability']:.3f} to "
+            f"{curve[-1]['probability']:.3f}{'' if one['moves_right'] else ' (the wrong way)'}"
+        )
+    print(f"the page: {Path(out) / 'report.html'}")
