@@ -6,9 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from vitrail.backbones import load
+from vitrail.cli.opened import open_coder_and_backbone
 from vitrail.cli.options import pick_device, pick_workers
-from vitrail.coders import coder_metadata, load_coder
 from vitrail.concepts.bias_study import bias_study
 from vitrail.concepts.table import names_of, read_concepts
 from vitrail.images import open_images
@@ -49,17 +48,12 @@ def bias_verb(
         shown: how many latents are turned up, those that go with the answer most
         changed: on so many pictures
     """
-    on = pick_device(device)
-    loaded, about = load_coder(coder, device=on), coder_metadata(coder)
-    for needed in ("point", "tokens", "backbone"):
-        if needed not in about and not (needed == "backbone" and backbone):
-            raise ValueError(f"{coder} does not say its {needed}: it was not trained by `vitrail train`.")
-    model = load(backbone or about["backbone"], weights=weights, image_px=image_px, device=on)
-    if "backbone_digest" in about and model.digest != about["backbone_digest"]:
-        raise ValueError(f"{model.name} has other weights than the coder was trained on: pass --weights.")
+    loaded, about, model = open_coder_and_backbone(
+        coder, backbone=backbone, weights=weights, image_px=image_px, device=pick_device(device)
+    )
     told = bias_study(
         model,
-        loaded.eval(),
+        loaded,
         open_images(images, split=split),
         out,
         point=about["point"],

@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vitrail.backbones import load
+from vitrail.cli.opened import open_coder_and_backbone
 from vitrail.cli.options import pick_device, pick_workers
-from vitrail.coders import coder_metadata, load_coder
 from vitrail.concepts.study import NamingOptions, name_latents
 from vitrail.concepts.vocabulary import read_words
 from vitrail.images import open_images
@@ -72,17 +71,9 @@ def name_verb(
         n_effect_images: pictures on which latents are turned up
         n_random: random words that a name is compared with
     """
-    on = pick_device(device)
-    loaded, about = load_coder(coder, device=on), coder_metadata(coder)
-    for needed in ("point", "tokens", "backbone"):
-        if needed not in about and not (needed == "backbone" and backbone):
-            raise ValueError(f"{coder} does not say its {needed}: it was not trained by `vitrail train`.")
-    model = load(backbone or about["backbone"], weights=weights, image_px=image_px, device=on)
-    if "backbone_digest" in about and model.digest != about["backbone_digest"]:
-        raise ValueError(
-            f"{model.name} has other weights than the coder was trained on ({model.digest[:12]}, not "
-            f"{about['backbone_digest'][:12]}). Pass the --weights that `vitrail extract` had."
-        )
+    loaded, about, model = open_coder_and_backbone(
+        coder, backbone=backbone, weights=weights, image_px=image_px, device=pick_device(device)
+    )
     options = NamingOptions(
         methods=method,
         templates=templates,
