@@ -245,6 +245,11 @@ def _encode_shards(
     return done
 
 
+def as_stored(codes: Codes, dtype: str) -> Codes:
+    """The same codes as they are once written and read again: values rounded to `dtype`."""
+    return _codes(_tensors(codes, dtype), codes.d_sae)
+
+
 def _tensors(codes: Codes, dtype: str) -> dict[str, Tensor]:
     stored_dtype = getattr(torch, dtype)
     largest = float(codes.values.max()) if codes.nnz else 0.0

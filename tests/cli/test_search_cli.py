@@ -5,6 +5,8 @@ import json
 import pytest
 
 from vitrail.cli import main
+from vitrail.images import open_images
+from vitrail.store import Store
 
 POINT = "blocks.2.hook_resid_post"
 IMAGES = "world:shapes?n=40&seed=3"
@@ -61,9 +63,34 @@ def test_images_by_words_and_by_a_box(run, capsys):
     assert "in the box" in told
     assert "patches" in told
     assert "no latent is named" in fail(capsys, "search", run, "--text", "zebra", *names)
-    assert "either --image or --text" in fail(capsys, "search", run)
+    assert "one of --image, --picture and --text" in fail(capsys, "search", run)
     assert "rows must be in 0..39" in fail(capsys, "search", run, "--image", 40)
     assert "extract it from the same images" in fail(capsys, "search", run, "--image", 4, "--metric", "embedding")
+
+
+def test_a_picture_that_is_not_in_the_store_finds_its_like(run, capsys, tmp_path):
+    """A stored image, saved as a file, is found first by every metric; another is a picture too."""
+    world = open_images(IMAGES)
+    file = tmp_path / "seven.png"
+    world.load(7).save(file)
+    row = list(Store.open(run / "store").images()["id"]).index(world.record(7).id)  # a store is in an order of its own
+    for metric, best in (("l1", 0), ("cosine", 1), ("overlap", 1), ("embedding", 1)):
+        more = ("--embeddings", run / "embeddings") if metric == "embedding" else ()
+        say(
+            capsys, "search", run, "--picture", file, "--metric", metric, "--k", 3, *more,
+            "--out", tmp_path / "hits.json",
+        )  # fmt: skip
+        first = json.loads((tmp_path / "hits.json").read_text())["hits"][0]
+        # Activations are stored in half precision before they are encoded, so a code may differ in its last bits.
+        assert first["row"] == row
+        assert first["value"] == pytest.approx(best, abs=0.3 if metric == "l1" else 2e-3)
+    told = say(capsys, "search", run, "--picture", file, "--box", 8, 8, 40, 40, "--k", 2)
+    assert "in the box" in told
+    open_images("world:shapes?n=1&seed=77").load(0).save(file)
+    assert "distance" in say(capsys, "search", run, "--picture", file, "--pool", "cls", "--k", 2)
+    file.write_bytes(b"no picture")
+    assert "not a picture that Pillow knows" in fail(capsys, "search", run, "--picture", file)
+    assert "No such file" in fail(capsys, "search", run, "--picture", tmp_path / "none.png")
 
 
 def test_an_edited_query_leaves_its_neighbours(run, capsys):

@@ -9,9 +9,10 @@ from vitrail.concepts.bias import (
     CurvePoint,
     associations,
     densities,
+    dose_response,
     fit_classifier,
     intervention_curve,
-    moves_right,
+    leanings,
     plateau,
     strengths_of,
 )
@@ -111,10 +112,72 @@ def test_a_curve_that_still_rises_has_no_plateau():
     rising = [point(0, 0.1), point(1, 0.5), point(2, 0.9)]
     assert plateau(rising) is None
     assert plateau([point(0, 0.4), point(1, 0.4)]) == 0
-    codes, _, said = planted()
-    against, with_it = associations(codes, said, n_permutations=10)[:2]
-    assert moves_right(rising, with_it)
-    assert not moves_right(rising, against)
+
+
+def test_dose_response_by_hand():
+    # Of four images P goes from .1 .1 .2 .2 over .3 to .5 .5 .8 .8: the mean rise is .5, every image's above 0.
+    def point(value, each):
+        each = np.array(each)
+        return CurvePoint(value, Measured(float(each.mean()), "", 4), Measured(0.0, "", 4), each)
+
+    rising = [point(0, [0.1, 0.1, 0.2, 0.2]), point(1, [0.3] * 4), point(2, [0.5, 0.5, 0.8, 0.8])]
+    found = dose_response(rising, expected=0.3)
+    assert found.rise.value == pytest.approx(0.5)
+    assert 0.39 < found.rise.low < 0.5 < found.rise.high < 0.61
+    assert (found.rank, found.way) == (1.0, "right")
+    assert dose_response(rising, expected=-0.3).way == "wrong"
+    wavering = [rising[0], point(1, [0.0] * 4), rising[2]]
+    assert dose_response(wavering, 1).rank == pytest.approx(0.5)
+    still = dose_response([rising[0], point(1, [0.2, 0.0, 0.3, 0.1])], expected=1)
+    assert still.way == "none"
+    assert still.rise.value == pytest.approx(0.0)
+    assert dose_response([rising[0], rising[0]], expected=1).rank == 0
+    with pytest.raises(ValueError, match="at two values at least"):
+        dose_response(rising[:1], expected=1)
+
+
+def leaning_data(n=300, seed=0):
+    """Log-odds of a classifier that sees the class (latent 0 too) and leans on latent 2, which class does not tell."""
+    generator = torch.Generator().manual_seed(seed)
+    true = (torch.rand(n, generator=generator) < 0.5).long()
+    z = torch.rand(n, 8, generator=generator, dtype=torch.float64)
+    z[torch.rand(n, 8, generator=generator) < 0.5] = 0
+    z[:, 0] += 3 * true
+    odds = 8 * true - 4 + 1.5 * z[:, 2] + 0.3 * torch.randn(n, generator=generator, dtype=torch.float64)
+    return Codes.from_dense(z), z, odds, true
+
+
+def test_a_leaning_is_found_where_the_answers_say_the_class():
+    codes, _, odds, true = leaning_data()
+    assert associations(codes, odds > 0, n_permutations=99)[0].latent == 0, "answers go with the class first"
+    found = leanings(codes, odds, true, n_permutations=499)
+    assert found[0].latent == 2
+    assert found[0].p == found[0].p_family == 1 / 500
+    assert min(one.p_family for one in found[1:]) > 0.05, "the class's own latent is no leaning"
+    assert all(one.p <= one.p_family for one in found)
+
+
+def test_a_leaning_is_the_partial_correlation():
+    codes, z, odds, true = leaning_data(n=80, seed=3)
+    design = np.stack([np.ones(80), true.numpy()], 1)
+
+    def rest(y):
+        return y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
+
+    for one in leanings(codes, odds, true, n_permutations=10):
+        a, b = rest(z[:, one.latent].numpy()), rest(odds.numpy())
+        assert one.r_given == pytest.approx(np.corrcoef(a, b)[0, 1])
+        assert one.slope == pytest.approx(np.polyfit(a, b, 1)[0] * np.sqrt((a**2).sum() / 78))
+
+
+def test_what_cannot_lean_is_a_sentence():
+    codes, _, odds, true = leaning_data(n=40)
+    with pytest.raises(ValueError, match="40 rows of codes, 39 log-odds and 40 classes"):
+        leanings(codes, odds[1:], true)
+    with pytest.raises(ValueError, match="1 of 40 log-odds are not finite"):
+        leanings(codes, torch.cat([odds[1:], torch.tensor([float("inf")])]), true)
+    with pytest.raises(ValueError, match="the same for all pictures of a class"):
+        leanings(codes, true.double(), true)
 
 
 def test_strengths_go_beyond_what_was_seen():

@@ -37,13 +37,15 @@ def test_the_planted_direction_is_found_first_and_moves_the_answer(toy, tmp_path
         backbone, coder, images, tmp_path, point="hook_image_embed", tokens="cls", target="ground:water",
         n_changed=16, n_permutations=300, n_shown=2,
     )  # fmt: skip
-    first = told["interventions"][0]
-    assert told["associations"][0]["latent"] == first["latent"] == 0
-    assert first["name"] == "ground:water"
-    assert first["p_family"] == 1 / 301
+    first = next(one for one in told["interventions"] if one["latent"] == 0)
+    strongest = told["associations"][0]
+    assert (strongest["latent"], strongest["name"], first["name"]) == (0, "ground:water", "ground:water")
+    assert strongest["p_family"] == 1 / 301
     levels = [row["probability"] for row in first["curve"]]
     assert levels == sorted(levels), "the more water, the likelier"
-    assert first["moves_right"]
+    assert (first["way"], first["rank"]) == ("right", 1.0)
+    assert first["rise_low"] > 0
+    assert first["rise"] == pytest.approx(levels[-1] - levels[0])
     assert json.loads((tmp_path / "bias.json").read_text())["accuracy"] == told["accuracy"] > 0.8
     page = (tmp_path / "report.html").read_text()
     assert "ground:water" in page

@@ -200,6 +200,32 @@ def test_two_coders_of_one_name_are_refused(run, tmp_path):
         load_coders([run[0] / "coders/topk", tmp_path / "topk"], torch.device("cpu"))
 
 
+def test_a_page_shows_the_names_of_vitrail_name(run, tmp_path):
+    import shutil
+
+    from vitrail.concepts.table import Concept, to_json, write_concepts
+
+    shutil.copytree(run[0], tmp_path / "run")
+    out = tmp_path / "run"
+    rows = [
+        Concept(
+            latent=latent, method="top_images", name="<striped>", score=0.5, runner_up="dotted", runner_up_score=0.25,
+            valid=latent % 2 == 0, detection_auc=0.91, detection_low=0.8, detection_high=1.0, detection_random=0.52,
+        )
+        for latent in range(96)
+    ]  # fmt: skip
+    write_concepts(out / "concepts/topk/concepts.parquet", rows)
+    page = report_folder(out, title="t").read_text(encoding="utf-8")
+    assert "48 latents have a valid name" in page
+    told = "named <strong>&lt;striped&gt;</strong> by top_images, held-out AUC 0.91 (random names: 0.52)"
+    shown = [int(number) for number in re.findall(r"<h3>latent (\d+)</h3>", page.split("Latents of topk")[1])]
+    assert page.count(told) == sum(latent % 2 == 0 and latent < 96 for latent in shown) > 0
+    assert "runner-up dotted 0.25" in page
+    to_json(out / "concepts/topk/concepts.json", rows, {"coder_digest": "0" * 64})
+    with pytest.raises(ValueError, match="names another coder than"):
+        report_folder(out, title="t")
+
+
 def test_a_coder_that_never_fires_still_has_a_page(tmp_path):
     from vitrail.coders import make_coder
     from vitrail.codes import encode

@@ -8,7 +8,7 @@ import tyro
 
 from vitrail.cli.opened import open_coder_and_backbone
 from vitrail.cli.options import pick_device, pick_workers
-from vitrail.concepts.bias_study import bias_study
+from vitrail.concepts.bias_study import ALPHA, bias_study
 from vitrail.concepts.table import names_of, read_concepts
 from vitrail.images import open_images
 from vitrail.progress import Terminal
@@ -41,11 +41,12 @@ def bias_verb(
     Args:
         coder: a coder that `vitrail train` wrote
         images: pictures; half of them fit the classifier, the other half is asked
-        target: what the classifier tells: "label=CLASS", or a concept of a world ("ground:water")
+        target: what the classifier tells: "label=CLASS" ("label=A|B": any of these), or a concept ("ground:water")
         out: a folder
         fit_on: other pictures to fit the classifier on; all of `images` are then asked
         concepts: concepts.parquet of `vitrail name`, for names of latents
-        shown: how many latents are turned up, those that go with the answer most
+        shown: so many latents are turned up of those it leans on most given the class, and of those that go with its
+            answer most
         changed: on so many pictures
     """
     loaded, about, model = open_coder_and_backbone(
@@ -69,11 +70,25 @@ def bias_verb(
         progress=Terminal(),
     )
     print(f"the classifier of {target!r} is right in {told['accuracy']:.1%} of {told['n']['asked']} pictures")
+    for title, key, r in _TABLES:
+        rows = [one for one in told[key] if one["p_family"] <= ALPHA][:shown]
+        print(f"{title}:" if rows else f"{title}: nothing at p family {ALPHA}")
+        for one in rows:
+            print(
+                f"  {one['latent']:>6} {one['name'] or '(no name)':24} r {one[r]:+.2f}, p family {one['p_family']:.2g}"
+            )
+    print("turned up:" if told["interventions"] else "nothing was turned up.")
     for one in told["interventions"]:
+        ways = {"right": "", "wrong": " (the wrong way)", "none": " (does not move)"}
         curve = one["curve"]
         print(
-            f"  latent {one['latent']} {one['name'] or '(no name)'}: r {one['point_biserial']:+.2f}, p family "
-            f"{one['p_family']:.2g}; turned up, P goes from {curve[0]['probability']:.3f} to "
-            f"{curve[-1]['probability']:.3f}{'' if one['moves_right'] else ' (the wrong way)'}"
+            f"  {one['latent']:>6} {one['name'] or '(no name)':24} P {curve[0]['probability']:.3f} to "
+            f"{curve[-1]['probability']:.3f}{ways[one['way']]}"
         )
     print(f"the page: {Path(out) / 'report.html'}")
+
+
+_TABLES = (
+    ("leans on, given the class", "leanings", "r_given"),
+    ("goes with its answers", "associations", "point_biserial"),
+)

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,10 +11,13 @@ import torch
 import tyro
 
 from vitrail.backbones import load
+from vitrail.cli.opened import open_coder_and_backbone
 from vitrail.coders import coder_metadata
+from vitrail.coders.sparse import Codes
 from vitrail.codes import CodeStore
 from vitrail.concepts.dense import EmbeddingIndex
-from vitrail.concepts.inverted import Neighbours, SparseIndex, build_search
+from vitrail.concepts.inverted import Neighbours, SparseIndex, build_search, pooled_image
+from vitrail.concepts.query import PictureQuery, picture_query
 from vitrail.concepts.search import (
     Hit,
     Names,
@@ -24,6 +28,8 @@ from vitrail.concepts.search import (
     read_names,
 )
 from vitrail.files import write_json
+from vitrail.images.base import BadImage
+from vitrail.images.decode import decode_rgb
 from vitrail.progress import Terminal
 from vitrail.store import Store
 
@@ -37,6 +43,7 @@ def run(arguments: Sequence[str]) -> None:
 def search_verb(
     run_or_codes: Annotated[Path, tyro.conf.Positional],
     image: int | None = None,
+    picture: Path | None = None,
     text: str | None = None,
     box: tuple[int, int, int, int] | None = None,
     metric: Literal["l1", "cosine", "overlap", "embedding"] | None = None,
@@ -49,6 +56,7 @@ def search_verb(
     embeddings: Path | None = None,
     exact: bool | None = None,
     index: Path | None = None,
+    weights: Path | None = None,
     out: Path | None = None,
 ) -> None:
     """Images like an image, images of a concept, what fires in a box; and why.
@@ -56,8 +64,10 @@ def search_verb(
     Args:
         run_or_codes: a run folder (its codes/NAME), or a folder of codes
         image: a row of the store: images like this one
+        picture: a file: images like this picture, which need not be in the store
         text: images in which the concepts of these words fire; commas part the concepts
-        box: with --image: LEFT TOP RIGHT BOTTOM in pixels: what fires there, and images with the same latents
+        box: with --image or --picture: LEFT TOP RIGHT BOTTOM in pixels: what fires there, and images with the same
+            latents
         metric: l1 (default), cosine or overlap of codes; embedding: cosine of image embeddings
         pool: an image's codes: max or mean over its patches, cls, or the number of a token
         k: how many images
@@ -68,12 +78,13 @@ def search_verb(
         embeddings: a store of hook_image_embed of the same images (default: the one the codes were made from)
         exact: embeddings compared one by one, or through usearch (default: exact up to 100,000)
         index: where the search index is kept (default: RUN/search/NAME-POOL)
+        weights: with --picture: the backbone's weights, where `vitrail extract` had --weights
         out: also write what was found, as JSON
     """
-    if (image is None) == (text is None):
-        raise ValueError("ask for either --image or --text.")
-    if box is not None and image is None:
-        raise ValueError("--box is drawn on an image: give --image too.")
+    if sum(asked is not None for asked in (image, picture, text)) != 1:
+        raise ValueError("ask for one of --image, --picture and --text.")
+    if box is not None and text is not None:
+        raise ValueError("--box is drawn on an image: give --image or --picture.")
     path, run_folder = find_codes(run_or_codes, coder)
     codes = CodeStore.open(path)
     known = find_names(names, run_folder, path.name)
@@ -84,12 +95,14 @@ def search_verb(
     told: dict[str, Any] = {"codes": str(path), "pool": pool, "image": image, "text": text, "box": box}
     if text is not None:
         hits, extra = by_text(searched, codes, text, known, k, by_meaning)
-    elif box is not None:
-        assert image is not None
-        hits, extra = by_box(searched, codes, image, box, metric or "overlap", known, k, why)
     else:
-        assert image is not None
-        hits, extra = by_image(searched, codes, image, metric or "l1", known, k, why, embeddings, exact)
+        query = Query.of_file(codes, picture, weights) if picture is not None else Query(image)
+        told["picture"] = None if picture is None else str(picture)
+        if box is not None:
+            hits, extra = by_box(searched, codes, query, box, metric or "overlap", known, k, why)
+        else:
+            at_token = int(pool) if pool.isdigit() else pool
+            hits, extra = by_image(searched, codes, query, metric or "l1", known, k, why, embeddings, exact, at_token)
     told |= {**extra, "hits": [hit.to_json() for hit in hits]}
     show(hits, image_ids(codes), distance=extra.get("metric") == "l1")
     if out is not None:
@@ -143,52 +156,88 @@ def by_text(
     }
 
 
+@dataclass(frozen=True)
+class Query:
+    """A row of the store, or a picture that is elsewhere."""
+
+    image: int | None
+    picture: PictureQuery | None = None
+
+    @classmethod
+    def of_file(cls, codes: CodeStore, path: Path, weights: Path | None) -> "Query":
+        """Raises FileNotFoundError and ValueError for no file, no picture, and codes that do not name their coder."""
+        coder = codes.manifest.coder.get("path")
+        if coder is None or not Path(coder).is_dir():
+            raise ValueError(f"{codes.path} were made by a coder at {coder}, which is not there: a picture needs it.")
+        try:
+            picture = decode_rgb(path.read_bytes())
+        except BadImage as error:
+            raise ValueError(f"{path}: {error}") from error
+        loaded, _, backbone = open_coder_and_backbone(
+            Path(coder), backbone=None, weights=weights, image_px=None, device=torch.device("cpu")
+        )
+        return cls(None, picture_query(backbone, loaded, codes, picture))
+
+    def tokens(self, codes: CodeStore) -> Codes:
+        if self.picture is not None:
+            return self.picture.tokens
+        assert self.image is not None
+        return codes.image(self.image)
+
+    def others(self, find: Callable[[int], Neighbours], k: int, n: int) -> Neighbours:
+        """The k nearest, without the image itself where it is one of the store."""
+        if self.image is None:
+            return find(min(k, n))
+        return find(min(k + 1, n)).without(torch.tensor([self.image]))
+
+
 def by_box(
     index: SparseIndex,
     codes: CodeStore,
-    image: int,
+    query: Query,
     box: tuple[int, int, int, int],
     metric: str,
     names: Names | None,
     k: int,
     why: int,
 ) -> tuple[list[Hit], dict[str, Any]]:
-    fires, query = fires_here(codes, image, box, names=names)
+    fires, row = fires_here(codes, query.tokens(codes), box, names=names)
     print(f"in the box {len(fires)} latents fire:")
     for one in fires[:why]:
         print(f"  {_label(one.latent, one.name):<28} max {one.max:.3g}, mean {one.mean:.3g}, {one.n_patches} patches")
-    found = leave_out(index.nearest(query, min(k + 1, index.n), metric), image)
+    found = query.others(lambda n: index.nearest(row, n, metric), k, index.n)
     told = {"metric": metric, "fires": [vars(one) for one in fires]}
-    return explained(index, query, found, names=names, top=why), told
+    return explained(index, row, found, names=names, top=why), told
 
 
 def by_image(
     index: SparseIndex,
     codes: CodeStore,
-    image: int,
+    query: Query,
     metric: str,
     names: Names | None,
     k: int,
     why: int,
     embeddings: Path | None,
     exact: bool | None,
+    pool: str | int,
 ) -> tuple[list[Hit], dict[str, Any]]:
-    query, extra = index.rows(torch.tensor([image])), {}
+    extra: dict[str, Any] = {}
+    row = index.rows(torch.tensor([query.image])) if query.image is not None else None
+    if row is None:
+        row = pooled_image(codes, query.tokens(codes), pool)
     if metric == "embedding":
         dense = EmbeddingIndex(image_embeddings(embeddings or Path(codes.manifest.store)), exact=exact)
         if dense.n != index.n:
             raise ValueError(f"{embeddings} holds {dense.n} images, the codes {index.n}: extract the same images.")
-        found = dense.nearest(dense.embeddings[image : image + 1].float(), min(k + 1, dense.n))
+        own = dense.embeddings[query.image][None].float() if query.picture is None else query.picture.embedding
+        found = query.others(lambda n: dense.nearest(own, n), k, dense.n)
         if not dense.is_exact:
             extra = {"recall": dense.recall(min(k, dense.n))}
             print(f"through usearch, which finds {extra['recall']:.1%} of the exact neighbours here")
     else:
-        found = index.nearest(query, min(k + 1, index.n), metric)
-    return explained(index, query, leave_out(found, image), names=names, top=why), {"metric": metric, **extra}
-
-
-def leave_out(found: Neighbours, image: int) -> Neighbours:
-    return found.without(torch.tensor([image]))
+        found = query.others(lambda n: index.nearest(row, n, metric), k, index.n)
+    return explained(index, row, found, names=names, top=why), {"metric": metric, **extra}
 
 
 def image_embeddings(store: Path) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """A bias study of one classifier: which concepts go with its answers, and which of them move its answers.
 
     OUT/report.html        the page        OUT/bias.json       everything in it, and what it was made with
-    OUT/associations.csv   every latent that fires        OUT/curves.csv   the interventions
+    OUT/associations.csv   every latent that fires, beside the answers; OUT/leanings.csv   the same given the true class
+    OUT/curves.csv         the interventions
 
 Half of the pictures fit the classifier, a linear layer on image embeddings; all numbers are of the other half. Or it is
 fitted on others, `fit_on`: a classifier that learnt where background and class go together, asked where they do not.
@@ -13,13 +14,12 @@ import html
 import io
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -29,12 +29,14 @@ from vitrail.concepts.bias import (
     Association,
     Classifier,
     CurvePoint,
+    Leaning,
     as_rows,
     associations,
     densities,
+    dose_response,
     fit_classifier,
     intervention_curve,
-    moves_right,
+    leanings,
     plateau,
     strengths_of,
 )
@@ -72,9 +74,10 @@ def bias_study(
 ) -> dict[str, Any]:
     """Writes the folder; returns bias.json.
 
-    `target`: "label=NAME" for one of the classes, or a concept of the pictures' truth ("ground:water"). `names` of
-    latents; without them, where the truth is known, each latent's best concept. `n_shown` latents, those of largest
-    |r| whose p_family is below 0.05, are set to values from 0 to three times their largest, on `n_changed` pictures.
+    `target`: "label=NAME" for one of the classes ("label=A|B" for any of several), or a concept of the pictures' truth
+    ("ground:water"). `names` of latents; without them, where the truth is known, each latent's best concept. `n_shown`
+    latents, those of largest |r_given| (then of largest |r|) whose p_family is below 0.05, are set to values from 0 to
+    three times their largest, on `n_changed` pictures.
     """
     given: dict[str, Any] = {"batch_size": batch_size, "n_workers": n_workers, "progress": progress}
     pictures = read_pictures(backbone, images, coder, point, tokens, **given)
@@ -92,23 +95,26 @@ def bias_study(
     answers = classifier.answers(half.embeddings)
     accuracy = float((answers.numpy() == yes[asked]).mean())
     found = associations(half.codes, answers == 1, n_permutations=n_permutations, seed=seed)
+    odds = classifier.log_odds(half.embeddings, 1)
+    leaning = leanings(half.codes, odds, _true_class(half, yes[asked]), n_permutations=n_permutations, seed=seed)
     if names is None:
-        names = _true_names(half, found)
-    shown = [one for one in found if one.p_family <= ALPHA][:n_shown]
+        names = _true_names(half, [one.latent for one in found])
+    expected = _to_change(leaning, found, n_shown)
     some = asked[:: max(1, len(asked) // n_changed)][:n_changed]
     changed = Changed(backbone, coder, images, pictures.positions[some], point, tokens, batch_size)
     curves: dict[int, list[CurvePoint]] = {}
-    with progress.task("interventions", len(shown), "latents") as task:
-        for one in shown:
-            values = strengths_of(half.codes, one.latent)
-            curves[one.latent] = intervention_curve(
-                classifier, changed.before, changed, one.latent, values, answer=1, seed=seed
+    with progress.task("interventions", len(expected), "latents") as task:
+        for latent in expected:
+            values = strengths_of(half.codes, latent)
+            curves[latent] = intervention_curve(
+                classifier, changed.before, changed, latent, values, answer=1, seed=seed
             )
             task.advance(1)
     told = {
         "target": target,
         "backbone": backbone.name,
         "point": point,
+        "tokens": tokens,
         "images": images.spec,
         "fit_on": None if fit_on is None else fit_on.spec,
         "n": {"fitted": len(rows), "asked": len(asked), "changed": len(some)},
@@ -118,13 +124,15 @@ def bias_study(
         "n_tested": len(found),
         "n_permutations": n_permutations,
         "associations": as_rows(found, names),
-        "interventions": [_told(one, curves[one.latent], names) for one in shown],
-        "densities": {str(one.latent): densities(half.codes, answers == 1, one.latent) for one in shown},
+        "leanings": as_rows(leaning, names),
+        "interventions": [_told(latent, r, curves[latent], names, seed) for latent, r in expected.items()],
+        "densities": {str(latent): densities(half.codes, answers == 1, latent) for latent in expected},
         "provenance": provenance(),
     }
     out = Path(out)
     write_json(out / "bias.json", told)
     _write_csv(out / "associations.csv", told["associations"])
+    _write_csv(out / "leanings.csv", told["leanings"])
     _write_csv(
         out / "curves.csv", [{"latent": c["latent"], **row} for c in told["interventions"] for row in c["curve"]]
     )
@@ -137,17 +145,37 @@ def truth_of(pictures: Pictures, target: str) -> np.ndarray:
     """(n,) of bool. Raises ValueError for a target that these pictures do not know, or that all or none has."""
     known: list[str] = [] if pictures.truth is None else list(pictures.truth.concepts)
     known += [f"label={name}" for name in pictures.classes]
-    if target not in known:
-        shown = ", ".join(known[:12]) or "nothing"
-        raise ValueError(f"these pictures know nothing of {target!r}. They know {shown}{' ...' if known[12:] else ''}")
+    if target in known:
+        asked = [target]
+    else:
+        head, equals, rest = target.partition("=")
+        asked = [f"label={one.strip()}" for one in rest.split("|")] if (head, equals) == ("label", "=") else [target]
+    for one in asked:
+        if one not in known:
+            shown = ", ".join(known[:12]) or "nothing"
+            raise ValueError(f"these pictures know nothing of {one!r}. They know {shown}{' ...' if known[12:] else ''}")
     if target.startswith("label="):
-        yes = pictures.labels == pictures.classes.index(target.removeprefix("label="))
+        chosen = [pictures.classes.index(one.removeprefix("label=")) for one in asked]
+        yes = np.isin(pictures.labels, chosen)
     else:
         assert pictures.truth is not None
         yes = pictures.truth.images[:, pictures.truth.concepts.index(target)]
     if yes.all() or not yes.any():
         raise ValueError(f"{target!r} is true of {int(yes.sum())} of {len(yes)} pictures: a classifier needs both.")
     return np.asarray(yes, dtype=bool)
+
+
+def _true_class(pictures: Pictures, yes: Bool[np.ndarray, " n"]) -> Int[Tensor, " n"]:
+    """The finest that is known: the label, parted by the answer that is right. Without labels, that answer."""
+    return torch.from_numpy(2 * (pictures.labels + 1) + yes)
+
+
+def _to_change(leaning: Sequence[Leaning], found: Sequence[Association], n_shown: int) -> dict[int, float]:
+    """Latent -> the correlation whose sign says which way the answer should go."""
+    expected = {one.latent: one.r_given for one in [one for one in leaning if one.p_family <= ALPHA][:n_shown]}
+    for one in [one for one in found if one.p_family <= ALPHA][:n_shown]:
+        expected.setdefault(one.latent, one.point_biserial)
+    return expected
 
 
 class Changed:
@@ -186,14 +214,14 @@ class Changed:
         return torch.cat([normalize(one.float(), dim=1).cpu() for one in rows])
 
 
-def _true_names(pictures: Pictures, found: Sequence[Association]) -> dict[int, str]:
+def _true_names(pictures: Pictures, latents: Sequence[int]) -> dict[int, str]:
     if pictures.truth is None:
         return {}
-    best = best_concepts(pictures.codes, pictures.truth, [one.latent for one in found])
+    best = best_concepts(pictures.codes, pictures.truth, latents)
     return {latent: name for latent, name in best.items() if name is not None}
 
 
-def _told(one: Association, curve: Sequence[CurvePoint], names: Mapping[int, str]) -> dict[str, Any]:
+def _told(latent: int, r: float, curve: Sequence[CurvePoint], names: Mapping[int, str], seed: int) -> dict[str, Any]:
     rows = [
         {
             "value": point.value,
@@ -202,8 +230,16 @@ def _told(one: Association, curve: Sequence[CurvePoint], names: Mapping[int, str
         }
         for point in curve
     ]
-    right = moves_right(curve, one)
-    told = {"name": names.get(one.latent, ""), **asdict(one), "moves_right": right, "plateau": plateau(curve)}
+    response = dose_response(curve, r, seed=seed)
+    told = {
+        "name": names.get(latent, ""),
+        "latent": latent,
+        "r": r,
+        **{f"rise{end}": getattr(response.rise, key) for end, key in _ENDS},
+        "rank": response.rank,
+        "way": response.way,
+        "plateau": plateau(curve),
+    }
     return {**told, "curve": rows}
 
 
@@ -228,19 +264,27 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}p.note{color:#6
 def page(told: Mapping[str, Any]) -> str:
     """One HTML page that needs nothing else."""
     say, n = html.escape, told["n"]
-    head = ("name", "latent", "fires", "AUC", "r", "d", "p", "p Holm", "p family")
-    keys = ("latent", "fires", "auc", "point_biserial", "effect", "p", "p_holm", "p_family")
-    rows = "".join(
-        f"<tr><td>{say(one['name'] or '–')}</td>" + "".join(f"<td>{_short(one[key])}</td>" for key in keys) + "</tr>"
-        for one in told["associations"][:20]
-    )
+    gone = (("latent", "fires", "AUC", "r", "d", "p", "p Holm", "p family"), "latent fires auc point_biserial effect")
+    leant = (("latent", "fires", "r given class", "slope", "p", "p Holm", "p family"), "latent fires r_given slope")
+    tables = {
+        key: _table(told[key][:20], head, [*columns.split(), "p", "p_holm", "p_family"])
+        for key, (head, columns) in {"associations": gone, "leanings": leant}.items()
+    }
     moved = "".join(
-        f"<tr><td>{say(one['name'] or '–')}</td><td>{one['latent']}</td><td>{one['point_biserial']:+.2f}</td>"
+        f"<tr><td>{say(one['name'] or '–')}</td><td>{one['latent']}</td><td>{one['r']:+.2f}</td>"
         f"<td>{one['curve'][0]['probability']:.3f}</td><td>{one['curve'][-1]['probability']:.3f}</td>"
-        f"<td>{'yes' if one['moves_right'] else 'no'}</td>"
+        f"<td>{one['rise']:+.3f} ({one['rise_low']:+.3f} to {one['rise_high']:+.3f})</td><td>{one['rank']:+.2f}</td>"
+        f"<td>{_WAYS[one['way']]}</td>"
         f"<td>{'not reached' if one['plateau'] is None else format(one['plateau'], '.3g')}</td></tr>"
         for one in told["interventions"]
     )
+    still = ""
+    if told["interventions"] and all(one["way"] == "none" for one in told["interventions"]):
+        still = (
+            f"<p><b>None of them moves the answer.</b> What goes with it is read elsewhere: {say(told['tokens'])} "
+            f"tokens of {say(told['point'])} may not reach the embedding any more (patches of the last block do not "
+            "reach a class token). Take an earlier block, or a coder of the class token.</p>"
+        )
     source = "" if told["fit_on"] is None else f"of {say(told['fit_on'])}"
     picture = _pictures(told)
     figure = f'<img alt="Densities and curves" src="data:image/png;base64,{picture}">' if picture else ""
@@ -250,16 +294,32 @@ def page(told: Mapping[str, Any]) -> str:
 {source}. On {n["asked"]} others it is right in
 {told["accuracy"]:.1%}; it says yes to {told["share_said"]:.1%}, and {told["share_true"]:.1%} are.
 Latents of {say(told["point"])}; pictures {say(told["images"])}.</p>
-<h2>Latents that go with its answer</h2><p class="note">Of {told["n_tested"]} tested, the strongest 20.
-{told["n_permutations"]:,} permutations: no p is below {1 / (told["n_permutations"] + 1):.2g}. p family: for the largest
-of all latents. Association is not cause.</p>
-<table><tr>{"".join(f"<th>{say(one)}</th>" for one in head)}</tr>{rows}</table>
+<h2>What it leans on besides the class</h2><p class="note">Partial correlation of latent and log-odds among pictures
+of the same true class (label, where there are labels); slope: change of log-odds for one standard deviation of the
+latent. A fair classifier has little here. The strongest 20 of {len(told["leanings"])}.</p>
+{tables["leanings"]}
+<h2>What goes with its answers</h2><p class="note">Of {told["n_tested"]} tested, the strongest 20: first of all what
+the class is. {told["n_permutations"]:,} permutations: no p is below {1 / (told["n_permutations"] + 1):.2g}. p family:
+for the largest of all latents. Association is not cause.</p>
+{tables["associations"]}
 <h2>Latents that were turned up</h2><p class="note">Set to values from 0 to three times the largest seen, in
-{n["changed"]} pictures, all else kept. Bands: 95 % over pictures. “Right way”: likelier with a latent that goes with
-the answer, less likely with one that goes against it.</p>
-<table><tr><th>name</th><th>latent</th><th>r</th><th>P at 0</th><th>P at most</th><th>right way</th>
-<th>plateau from</th></tr>{moved}</table>{figure}</html>
+{n["changed"]} pictures, all else kept. Bands, and what stands in brackets: 95 % over pictures. Rank: Spearman's rho of
+value and P. “Right way”: likelier with a latent that goes with the answer, less likely with one that goes against
+it.</p>
+<table><tr><th>name</th><th>latent</th><th>r</th><th>P at 0</th><th>P at most</th><th>rise</th><th>rank</th>
+<th>way</th><th>plateau from</th></tr>{moved}</table>{still}{figure}</html>
 """
+
+
+_WAYS = {"right": "right", "wrong": "the wrong way", "none": "does not move"}
+
+
+def _table(rows: Sequence[Mapping[str, Any]], head: Sequence[str], keys: Sequence[str]) -> str:
+    cells = "".join(
+        f"<tr><td>{html.escape(one['name'] or '–')}</td>" + "".join(f"<td>{_short(one[key])}</td>" for key in keys)
+        for one in rows
+    )
+    return f"<table><tr><th>name</th>{''.join(f'<th>{html.escape(one)}</th>' for one in head)}</tr>{cells}</table>"
 
 
 def _short(value: Any) -> str:

@@ -238,6 +238,31 @@ def pooled_codes(codes: CodeStore, pool: str | int = "max", *, progress: Progres
     A number counts an image's stored rows. Where an image has one row, "max" and "mean" are that row. Raises ValueError
     for another `pool`, and for a token that is not stored.
     """
+    kept, n_tokens = kept_tokens(codes, pool), codes.n_tokens
+    parts = []
+    with progress.task("pool codes", codes.n_images, "images") as task:
+        for _, shard in codes.shards():
+            shard = shard.with_row_terms(None, None)
+            n_images = shard.n // n_tokens
+            at_once = max(1, ENTRIES_AT_ONCE * n_images // max(1, shard.nnz))
+            for first in range(0, n_images, at_once):
+                images = np.arange(first, min(first + at_once, n_images))
+                rows = torch.from_numpy((images[:, None] * n_tokens + kept).reshape(-1))
+                parts.append(_pooled(shard.select_rows(rows), len(kept), pool))
+                task.advance(len(images))
+    if not parts:
+        raise ValueError(f"{codes.path} holds no image.")
+    return Codes.cat(parts)
+
+
+def pooled_image(codes: CodeStore, tokens: Codes, pool: str | int = "max") -> Codes:
+    """One row: an image's tokens (`CodeStore.image`, or a picture's that is in no store), pooled as `pooled_codes`."""
+    kept = kept_tokens(codes, pool)
+    return _pooled(tokens.with_row_terms(None, None).select_rows(torch.from_numpy(kept)), len(kept), pool)
+
+
+def kept_tokens(codes: CodeStore, pool: str | int) -> Int[np.ndarray, " n_kept"]:
+    """Which of an image's stored rows are pooled. Raises ValueError as `pooled_codes`."""
     grid, n_tokens = codes.manifest.grid, codes.n_tokens
     has_special = codes.manifest.tokens == "all" and n_tokens == grid.n_tokens
     if pool == "cls" and not (grid.n_cls and (has_special or codes.manifest.tokens == "cls")):
@@ -249,21 +274,11 @@ def pooled_codes(codes: CodeStore, pool: str | int = "max", *, progress: Progres
     kept = np.arange(n_tokens)[grid.tokens("spatial") if has_special else slice(None)]
     if isinstance(pool, int) or pool == "cls":
         kept = np.array([0 if pool == "cls" else pool])
-    parts = []
-    with progress.task("pool codes", codes.n_images, "images") as task:
-        for _, shard in codes.shards():
-            shard = shard.with_row_terms(None, None)
-            n_images = shard.n // n_tokens
-            at_once = max(1, ENTRIES_AT_ONCE * n_images // max(1, shard.nnz))
-            for first in range(0, n_images, at_once):
-                images = np.arange(first, min(first + at_once, n_images))
-                rows = torch.from_numpy((images[:, None] * n_tokens + kept).reshape(-1))
-                chosen = shard.select_rows(rows)
-                parts.append(chosen if len(kept) == 1 else pooled(chosen, len(kept), pool))  # pyright: ignore[reportArgumentType]
-                task.advance(len(images))
-    if not parts:
-        raise ValueError(f"{codes.path} holds no image.")
-    return Codes.cat(parts)
+    return kept
+
+
+def _pooled(rows: Codes, n_tokens: int, pool: str | int) -> Codes:
+    return rows if n_tokens == 1 else pooled(rows, n_tokens, "mean" if pool == "mean" else "max")
 
 
 def _transposed(codes: Codes) -> dict[str, Tensor]:

@@ -194,10 +194,11 @@ def images_firing(
 
 
 def fires_here(
-    codes: CodeStore, image: int, box_px: tuple[int, int, int, int], *, names: Names | None = None
+    codes: CodeStore, image: int | Codes, box_px: tuple[int, int, int, int], *, names: Names | None = None
 ) -> tuple[list[Fires], Codes]:
     """(latents that fire in the box, strongest first; their maxima as a query of one row).
 
+    `image`: a row of the store, or the codes of a picture's tokens (query.py).
     `box_px`: (left, top, right, bottom) in pixels of the pre-processed image, right and bottom past the end, as
     Grid.box_px. Every patch that the box touches counts. Search the query with metric "overlap" for images with the
     same latents. Raises ValueError where patches were not encoded, or for a box outside the image.
@@ -213,7 +214,8 @@ def fires_here(
     columns = torch.arange(left // grid.patch_px, min(-(-right // grid.patch_px), grid.width))
     places = (rows[:, None] * grid.width + columns).reshape(-1)
     special = grid.n_special if codes.n_tokens == grid.n_tokens else 0
-    z = codes.image(image).select_rows(places + special).with_row_terms(None, None).to_dense()
+    tokens = image if isinstance(image, Codes) else codes.image(image)
+    z = tokens.select_rows(places + special).with_row_terms(None, None).to_dense()
     strongest = z.max(0).values if len(z) else torch.zeros(codes.d_sae)
     query = Codes.from_dense(strongest[None])
     order = torch.sort(strongest, descending=True, stable=True).indices[: query.nnz].tolist()

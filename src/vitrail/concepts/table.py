@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from vitrail.files import replacing, write_json
+from vitrail.files import read_json, replacing, write_json
 from vitrail.tables import read_table, write_table
 
 METHODS = ("decoder_text", "top_images", "effect", "captions", "labels")
@@ -88,6 +88,13 @@ def read_concepts(path: str | Path) -> list[Concept]:
     return [Concept(**{name: _value(columns[name][at], TYPES[name]) for name in TYPES}) for at in range(n)]
 
 
+def coder_of_names(folder: str | Path) -> str | None:
+    """The digest of the coder whose latents a folder of concepts names; None where it does not say."""
+    path = Path(folder) / "concepts.json"
+    about = read_json(path, "table of names").get("about", {}) if path.is_file() else {}
+    return about.get("coder_digest")
+
+
 def to_json(path: str | Path, rows: Sequence[Concept], about: Mapping[str, Any]) -> None:
     """`about`: what else there is to say, such as counts per rule; its NaNs are written as null."""
     write_json(
@@ -133,14 +140,19 @@ def write_review(path: str | Path, rows: Sequence[Concept], examples: Mapping[in
 
 def names_of(rows: Sequence[Concept], method: str | None = None) -> dict[int, str]:
     """The best valid name of each latent that has one: the largest held-out AUC, of equals the earlier of METHODS."""
-    found: dict[int, tuple[tuple[float, int], str]] = {}
+    return {latent: row.name for latent, row in best_of(rows, method).items()}
+
+
+def best_of(rows: Sequence[Concept], method: str | None = None) -> dict[int, Concept]:
+    """As `names_of`, with all that is known of the name."""
+    found: dict[int, tuple[tuple[float, int], Concept]] = {}
     for row in rows:
         if not row.valid or method not in (None, row.method):
             continue
         rank = (-1.0 if row.detection_auc is None else row.detection_auc, -METHODS.index(row.method))
         if row.latent not in found or rank > found[row.latent][0]:
-            found[row.latent] = (rank, row.name)
-    return {latent: name for latent, (_, name) in sorted(found.items())}
+            found[row.latent] = (rank, row)
+    return {latent: row for latent, (_, row) in sorted(found.items())}
 
 
 def _column(values: list[Any]) -> Any:

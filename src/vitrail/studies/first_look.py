@@ -22,6 +22,8 @@ from torch import Tensor
 from vitrail.backbones import Backbone
 from vitrail.coders import MultiSource, SparseCoder, Transcoder, coder_metadata, load_coder, make_coder
 from vitrail.codes import CodeStore, encode
+from vitrail.concepts import table as names_table
+from vitrail.concepts.table import Concept
 from vitrail.files import json_digest, replacing, tensors_digest
 from vitrail.images import ImageSource, open_images
 from vitrail.index import Index, build_index
@@ -333,6 +335,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} is not a table that `vitrail eval` wrote: {error}.") from error
 
 
+def _names(folder: Path, codes: CodeStore) -> dict[int, Concept] | None:
+    """Of `vitrail name`, where it was run. Raises ValueError where it was run on another coder."""
+    if not (folder / "concepts.parquet").is_file():
+        return None
+    named, coder = names_table.coder_of_names(folder), codes.manifest.request["coder_digest"]
+    if named not in (None, coder):
+        raise ValueError(f"{folder} names another coder than {codes.path} are codes of. Name again, or delete it.")
+    return names_table.best_of(names_table.read_concepts(folder))
+
+
 def report_folder(
     out: str | Path,
     *,
@@ -358,7 +370,8 @@ def report_folder(
                     f"{out / 'recovery' / folder.name} tells of another coder than {codes.path} are codes of. Recover "
                     "again, or delete it."
                 )
-        indexed.append(Indexed(name=folder.name, store=store, codes=codes, index=index, concepts=concepts))
+        names = _names(out / "concepts" / folder.name, codes)
+        indexed.append(Indexed(name=folder.name, store=store, codes=codes, index=index, concepts=concepts, names=names))
         log = out / "coders" / folder.name / "log.jsonl"
         if log.is_file():
             logs[folder.name] = log

@@ -20,6 +20,7 @@ from PIL import Image
 
 from vitrail.backbones.preprocess import Preprocess
 from vitrail.codes import CodeStore
+from vitrail.concepts.table import Concept
 from vitrail.files import replacing
 from vitrail.images.base import BadImage, ImageSource
 from vitrail.index import Index
@@ -44,6 +45,7 @@ class Indexed:
     codes: CodeStore
     index: Index
     concepts: Mapping[int, Mapping[str, Any]] | None = None  # latent -> what it stands for, where the truth is known
+    names: Mapping[int, Concept] | None = None  # latent -> its best valid name, of `vitrail name`
 
 
 def write_report(
@@ -190,10 +192,16 @@ def latent_section(
 
 
 def concepts_told(one: Indexed) -> str:
+    told = ""
+    if one.names is not None:
+        told = (
+            f" {len(one.names)} latents have a valid name, by how well it tells in which pictures that did not find it "
+            "the latent fires."
+        )
     if one.concepts is None:
-        return ""
+        return told
     found = [row["concept"] for row in one.concepts.values() if is_recovered(row)]
-    return (
+    return told + (
         f" {len(found)} latents recover a concept of the world, {len(set(found))} different ones: F1 of at least 0.5 "
         "over pictures that did not choose it, and more than a latent that is always on would have."
     )
@@ -284,6 +292,7 @@ def latent_card(
         f"mean {latents['mean'][latent]:.3g} when active, largest {latents['max'][latent]:.3g}"
     )
     found = "" if one.concepts is None else recovered_line(one.concepts.get(latent))
+    found += "" if one.names is None else name_line(one.names.get(latent))
     return (
         f'<article><header><h3>latent {latent}</h3><span class="why">{escape(why)}</span>'
         f"{bars(histogram, edges)}</header>"
@@ -302,6 +311,18 @@ def recovered_line(row: Mapping[str, Any] | None) -> str:
     kind, word = ("", "recovered") if is_recovered(row) else (" none", "nearest, not recovered")
     name = escape(row["concept"])
     return f'<p class="concept{kind}" title="{about}">{word}: <strong>{name}</strong> {escape(numbers)}</p>'
+
+
+def name_line(row: Concept | None) -> str:
+    """The latent's name with what speaks for it; the runner-up in the tooltip."""
+    if row is None:
+        return '<p class="concept none">no valid name</p>'
+    held_out = ""
+    if row.detection_auc is not None and row.detection_random is not None:
+        held_out = f", held-out AUC {row.detection_auc:.2f} (random names: {row.detection_random:.2f})"
+    about = escape(f"runner-up {row.runner_up} {row.runner_up_score:.2f}; score {row.score:.2f}")
+    by = escape(f"by {row.method}{held_out}")
+    return f'<p class="concept" title="{about}">named <strong>{escape(row.name)}</strong> {by}</p>'
 
 
 def bars(histogram: NDArray[np.int64], edges: NDArray[np.float64]) -> str:
