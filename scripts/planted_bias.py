@@ -98,6 +98,7 @@ def cell(
         "bias": bias,
         "seed": seed,
         "accuracy": told["accuracy"],
+        "rank_concept": next((i for i, row in enumerate(told["concepts"], 1) if says(row)), None),
         "rank_leaning": next((i for i, row in enumerate(leanings, 1) if says(row)), None),
         "rank_answer": next((i for i, row in enumerate(answers, 1) if says(row)), None),
         "first": leanings[0]["name"],
@@ -136,9 +137,9 @@ def main(out: tyro.conf.Positional[Path], seeds: int = 3) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| planted | bias | right | rank among leanings | rank among answers | r given class (best other) | p family | "
+        "| planted | bias | right | rank: concept, latent, by answers | r given class (best other) | p family | "
         "turned up: right way, wrong | mean rise of P | rho of dose |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for kind in planted_biases():
         for bias in DIALS:
@@ -151,7 +152,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
             right, wrong, turned = (sum(row[key] for row in some) for key in ("right_way", "wrong_way", "turned"))
             lines.append(
-                f"| {kind} | {bias:g} | {each('accuracy', '.3f')} | {each('rank_leaning')} | {each('rank_answer')} | "
+                f"| {kind} | {bias:g} | {each('accuracy', '.3f')} | {each('rank_concept')}; {each('rank_leaning')}; "
+                f"{each('rank_answer')} | "
                 f"{each('r_given', '.2f')} ({each('r_others', '.2f')}) | {each('p_family', '.2g')} | "
                 f"{right} of {turned}, {wrong} | {each('rise', '.2f')} | {each('rank_of_dose', '.2f')} |"
             )

@@ -8,6 +8,7 @@ from vitrail.coders.sparse import Codes
 from vitrail.concepts.bias import (
     CurvePoint,
     associations,
+    by_name,
     densities,
     dose_response,
     fit_classifier,
@@ -168,6 +169,32 @@ def test_a_leaning_is_the_partial_correlation():
         a, b = rest(z[:, one.latent].numpy()), rest(odds.numpy())
         assert one.r_given == pytest.approx(np.corrcoef(a, b)[0, 1])
         assert one.slope == pytest.approx(np.polyfit(a, b, 1)[0] * np.sqrt((a**2).sum() / 78))
+
+
+def test_latents_of_one_name_are_added_up():
+    z = torch.tensor([[2.0, 0, 4, 1], [1, 0, 0, 0], [0, 3, 2, 5]])
+    codes, said = by_name(Codes.from_dense(z), {0: "red", 2: "red", 1: "blue"})
+    assert said == ("blue", "red")
+    # Latents 0 and 2 have largest 2 and 4: 2/2 + 4/4, 1/2 + 0, 0 + 2/4; latent 3 has no name.
+    torch.testing.assert_close(codes.to_dense(), torch.tensor([[0, 2.0], [0, 0.5], [1, 0.5]]))
+    assert codes.fired().tolist() == [1, 3]
+    assert by_name(Codes.from_dense(z), {})[1] == ()
+
+
+def test_a_split_concept_leans_more_than_its_parts():
+    generator = torch.Generator().manual_seed(2)
+    true, red = (torch.rand(200, generator=generator) < 0.5).long(), torch.rand(200, generator=generator) < 0.4
+    which = torch.randint(0, 3, (200,), generator=generator)
+    z = torch.zeros(200, 5, dtype=torch.float64)
+    z[red, which[red]] = 1.0 + torch.rand(int(red.sum()), generator=generator, dtype=torch.float64)
+    z[:, 4] = torch.rand(200, generator=generator)
+    odds = 4 * true + red.double() + 0.5 * torch.randn(200, generator=generator, dtype=torch.float64)
+    codes = Codes.from_dense(z)
+    parts = leanings(codes, odds, true, n_permutations=50)
+    whole, said = by_name(codes, {0: "red", 1: "red", 2: "red", 4: "noise"})
+    first = leanings(whole, odds, true, n_permutations=50)[0]
+    assert said[first.latent] == "red"
+    assert first.r_given > 1.3 * parts[0].r_given
 
 
 def test_what_cannot_lean_is_a_sentence():

@@ -41,6 +41,7 @@ def test_the_planted_direction_is_found_first_and_moves_the_answer(toy, tmp_path
     strongest = told["associations"][0]
     assert (strongest["latent"], strongest["name"], first["name"]) == (0, "ground:water", "ground:water")
     assert strongest["p_family"] == 1 / 301
+    assert 0 in next(one["latents"] for one in told["concepts"] if one["name"] == "ground:water")
     levels = [row["probability"] for row in first["curve"]]
     assert levels == sorted(levels), "the more water, the likelier"
     assert (first["way"], first["rank"]) == ("right", 1.0)

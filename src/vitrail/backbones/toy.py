@@ -109,7 +109,7 @@ class ToyViT(nn.Module):
 
     def embed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b t d"]:
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
+        tokens = torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], dim=1)
         return tokens + self.pos_embed
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n_classes"]:

@@ -89,6 +89,7 @@ def bias_verb(
 
 
 _TABLES = (
+    ("leans on, given the class, latents of one name together", "concepts", "r_given"),
     ("leans on, given the class", "leanings", "r_given"),
     ("goes with its answers", "associations", "point_biserial"),
 )

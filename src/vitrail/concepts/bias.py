@@ -251,6 +251,29 @@ def leanings(
     return sorted(rows, key=lambda one: (-abs(one.r_given), one.latent))
 
 
+def by_name(codes: Codes, names: Mapping[int, str]) -> tuple[Codes, tuple[str, ...]]:
+    """One column a name: the sum of its latents' activations, each divided by its largest. Latents without a name go.
+
+    A concept is often split over several latents, of which each alone says less.
+    """
+    codes = codes.detach().to("cpu")
+    said = tuple(sorted(set(names.values())))
+    place = {name: i for i, name in enumerate(said)}
+    column = torch.full((codes.d_sae,), -1, dtype=torch.long)
+    for latent, name in names.items():
+        column[latent] = place[name]
+    top = torch.zeros(codes.d_sae).scatter_reduce_(0, codes.indices.long(), codes.values.float(), "amax")
+    at = column[codes.indices.long()]
+    kept = at >= 0
+    keys, entry = (codes.rows()[kept] * len(said) + at[kept]).unique(return_inverse=True)
+    shares = (codes.values.float() / top[codes.indices.long()].clamp_min(1e-30))[kept]
+    values = torch.zeros(len(keys)).index_add_(0, entry, shares)
+    rows, columns = keys // max(1, len(said)), keys % max(1, len(said))
+    offsets = torch.zeros(codes.n + 1, dtype=torch.long)
+    offsets[1:] = torch.bincount(rows, minlength=codes.n).cumsum(0)
+    return Codes(offsets=offsets, indices=columns, values=values, d_sae=len(said)), said
+
+
 def densities(codes: Codes, said: Bool[Tensor, " n"], latent: int, *, n_bins: int = 30) -> list[dict[str, float]]:
     """Shares of images by activation, where the classifier says so and elsewhere; the first bin is "does not fire"."""
     values = torch.zeros(codes.n)

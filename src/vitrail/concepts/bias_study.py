@@ -32,6 +32,7 @@ from vitrail.concepts.bias import (
     Leaning,
     as_rows,
     associations,
+    by_name,
     densities,
     dose_response,
     fit_classifier,
@@ -94,11 +95,14 @@ def bias_study(
     half = pictures.select(asked)
     answers = classifier.answers(half.embeddings)
     accuracy = float((answers.numpy() == yes[asked]).mean())
-    found = associations(half.codes, answers == 1, n_permutations=n_permutations, seed=seed)
+    permuted: dict[str, Any] = {"n_permutations": n_permutations, "seed": seed}
+    found = associations(half.codes, answers == 1, **permuted)
     odds = classifier.log_odds(half.embeddings, 1)
-    leaning = leanings(half.codes, odds, _true_class(half, yes[asked]), n_permutations=n_permutations, seed=seed)
+    leaning = leanings(half.codes, odds, _true_class(half, yes[asked]), **permuted)
     if names is None:
         names = _true_names(half, [one.latent for one in found])
+    concepts, said = by_name(half.codes, names)
+    together = [] if not said else leanings(concepts, odds, _true_class(half, yes[asked]), **permuted)
     expected = _to_change(leaning, found, n_shown)
     some = asked[:: max(1, len(asked) // n_changed)][:n_changed]
     changed = Changed(backbone, coder, images, pictures.positions[some], point, tokens, batch_size)
@@ -125,6 +129,10 @@ def bias_study(
         "n_permutations": n_permutations,
         "associations": as_rows(found, names),
         "leanings": as_rows(leaning, names),
+        "concepts": [
+            {**row, "latents": [i for i, name in names.items() if name == row["name"]]}
+            for row in as_rows(together, dict(enumerate(said)))
+        ],
         "interventions": [_told(latent, r, curves[latent], names, seed) for latent, r in expected.items()],
         "densities": {str(latent): densities(half.codes, answers == 1, latent) for latent in expected},
         "provenance": provenance(),
@@ -266,10 +274,19 @@ def page(told: Mapping[str, Any]) -> str:
     say, n = html.escape, told["n"]
     gone = (("latent", "fires", "AUC", "r", "d", "p", "p Holm", "p family"), "latent fires auc point_biserial effect")
     leant = (("latent", "fires", "r given class", "slope", "p", "p Holm", "p family"), "latent fires r_given slope")
+    whole = (("latents", *leant[0][1:]), "n_latents fires r_given slope")
+    concepts = [{**one, "n_latents": len(one["latents"])} for one in told["concepts"]]
     tables = {
         key: _table(told[key][:20], head, [*columns.split(), "p", "p_holm", "p_family"])
         for key, (head, columns) in {"associations": gone, "leanings": leant}.items()
     }
+    named = ""
+    if concepts:
+        named = (
+            '<h3>Concepts: all latents of one name together</h3><p class="note">Each activation over its largest, '
+            "added up: a concept is often split over several latents.</p>"
+            + _table(concepts[:12], whole[0], [*whole[1].split(), "p", "p_holm", "p_family"])
+        )
     moved = "".join(
         f"<tr><td>{say(one['name'] or '–')}</td><td>{one['latent']}</td><td>{one['r']:+.2f}</td>"
         f"<td>{one['curve'][0]['probability']:.3f}</td><td>{one['curve'][-1]['probability']:.3f}</td>"
@@ -297,7 +314,7 @@ Latents of {say(told["point"])}; pictures {say(told["images"])}.</p>
 <h2>What it leans on besides the class</h2><p class="note">Partial correlation of latent and log-odds among pictures
 of the same true class (label, where there are labels); slope: change of log-odds for one standard deviation of the
 latent. A fair classifier has little here. The strongest 20 of {len(told["leanings"])}.</p>
-{tables["leanings"]}
+{named}<h3>Single latents</h3>{tables["leanings"]}
 <h2>What goes with its answers</h2><p class="note">Of {told["n_tested"]} tested, the strongest 20: first of all what
 the class is. {told["n_permutations"]:,} permutations: no p is below {1 / (told["n_permutations"] + 1):.2g}. p family:
 for the largest of all latents. Association is not cause.</p>
