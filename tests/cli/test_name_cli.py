@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from vitrail.cli import main
 from vitrail.coders import TopK, save_coder
 from vitrail.concepts.table import names_of, read_concepts
 from vitrail.concepts.vocabulary import embed, read_words
+from vitrail.files import file_digest
 from vitrail.images import open_images
 from vitrail.statistics import ActivationStats
 
@@ -78,3 +81,85 @@ def test_an_inner_layer_has_no_decoder_text(run, tmp_path, capsys):
     with pytest.warns(UserWarning, match="does not read 1 of 4 words.*spaceship"):
         main([*asked, "--method", "top_images", "--n-bootstrap", "20", *COMMON])
     assert {row.name for row in read_concepts(tmp_path / "names")} <= {"star", "striped thing", "thing on the sea"}
+
+
+def test_names_are_tried_on_masks_of_a_world(run, tmp_path, capsys):
+    """An inner layer's coder, of patches this time; its names are words of shapes."""
+    out, toy = tmp_path / "names", load("toy/clip")
+    world = open_images("world:shapes?n=48&seed=3&image_px=64")
+    with torch.no_grad():
+        x = toy.activations(
+            torch.stack([toy.preprocess(world.load(i)) for i in range(48)]), ["blocks.3.hook_resid_post"]
+        )
+    rows = x["blocks.3.hook_resid_post"][:, toy.grid.tokens("spatial")].flatten(0, 1)
+    coder = TopK(d_in=rows.shape[1], d_sae=32, k=4)
+    coder.fit(ActivationStats.of(rows), rows)
+    about = {"point": "blocks.3.hook_resid_post", "tokens": "spatial", "backbone": "toy/clip"}
+    save_coder(tmp_path / "patches", coder, {**about, "backbone_digest": toy.digest})
+    asked = ["name", f"{tmp_path}/patches", "--images", PICTURES, "--words", "shapes", "--out", str(out)]
+    asked += ["--method", "top_images", "labels", "--n-bootstrap", "20", *COMMON]
+    main([*asked, "--mask-images", "world:shapes?n=60&seed=9&split=test&image_px=64"])
+    said = capsys.readouterr().out
+    assert "top_images, against masks:" in said
+    assert "labels, against masks: 0 of" in said  # classes of this world are no concepts of its masks
+    told = json.loads((out / "mask_check.json").read_text())
+    assert told["n_images"] == 60
+    with (out / "mask_check.csv").open(encoding="utf-8") as stream:
+        sheet = list(csv.DictReader(stream))
+    assert len(sheet) == told["methods"]["top_images"]["measured"] > 0
+    assert {row["concept"].partition(":")[2] in row["name"] for row in sheet} == {True}
+    with pytest.raises(SystemExit):
+        main([*asked, "--mask-images", PICTURES])
+    assert "a name is tried on others" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*asked, "--masks", str(tmp_path)])
+    assert "needs --mask-images" in capsys.readouterr().err
+
+
+def test_stored_words_name_a_backbone_without_a_text_tower(tmp_path, capsys):
+    """toy/shapes has none. The rows are means of pictures of a kind, so that they lie where pictures do."""
+    toy, out = load("toy/shapes"), tmp_path / "names"
+    world = open_images("world:shapes?n=60&seed=3")
+    with torch.no_grad():
+        seen = toy.activations(
+            torch.stack([toy.preprocess(world.load(i)) for i in range(60)]),
+            ["blocks.1.hook_resid_post", "hook_image_embed"],
+        )
+    x = seen["blocks.1.hook_resid_post"][:, toy.grid.tokens("spatial")].flatten(0, 1)
+    coder = TopK(d_in=x.shape[1], d_sae=24, k=4)
+    coder.fit(ActivationStats.of(x), x)
+    about = {"point": "blocks.1.hook_resid_post", "tokens": "spatial", "backbone": "toy/shapes"}
+    save_coder(tmp_path / "coder", coder, {**about, "backbone_digest": toy.digest})
+    words = ["shape:star", "shape:circle", "shape:heart"]
+    embed = torch.nn.functional.normalize(seen["hook_image_embed"].float(), dim=1)
+    shown = torch.tensor([[word in world.scene(i).masks for word in words] for i in range(60)]).float()
+    rows = torch.nn.functional.normalize(shown.t() @ embed, dim=1)
+    np.save(tmp_path / "rows.npy", rows.numpy())
+    (tmp_path / "words.json").write_text(json.dumps([word.partition(":")[2] for word in words]))
+    asked = ["name", f"{tmp_path}/coder", "--images", "world:shapes?n=80&seed=9&split=val", "--out", str(out)]
+    asked += [
+        "--words",
+        f"{tmp_path}/words.json",
+        "--n-bootstrap",
+        "20",
+        *COMMON,
+        "--method",
+        "top_images",
+        "--word-rows",
+    ]
+    main([*asked, f"{tmp_path}/rows.npy"])
+    assert "top_images: " in capsys.readouterr().out
+    assert {row.name for row in read_concepts(out)} <= {"star", "circle", "heart"}
+    about = json.loads((out / "concepts.json").read_text())["about"]
+    assert about["words"]["n"] == 3
+    assert about["words"]["source"].endswith("rows.npy")
+    assert about["word_rows_sha256"] == file_digest(tmp_path / "rows.npy")
+    for bad, message in (
+        (rows[:2], "has 2 rows, and there are 3 words"),
+        (rows[:, :5], f"has 5 columns, the model's image embedding {embed.shape[1]}"),
+        (rows * torch.tensor([[1.0], [torch.nan], [1.0]]), "the row of 'circle' in .*NaN"),
+    ):
+        np.save(tmp_path / "bad.npy", bad.numpy())
+        with pytest.raises(SystemExit):
+            main([*asked, f"{tmp_path}/bad.npy"])
+        assert re.search(message, capsys.readouterr().err)

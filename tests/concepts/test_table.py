@@ -4,9 +4,11 @@ import csv
 import json
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 
 from vitrail.concepts.table import TYPES, Concept, names_of, read_concepts, to_json, write_concepts, write_review
+from vitrail.tables import write_table
 
 STAR = Concept(
     latent=3,
@@ -25,6 +27,8 @@ STAR = Concept(
     detection_random=0.5,
     detection_random_low=0.3,
     detection_random_high=0.7,
+    rival="moon",
+    rival_auc=0.7,
     fires=0.25,
     truth="shape:star",
     true=True,
@@ -40,6 +44,21 @@ def test_rows_survive_the_disk_in_order(tmp_path):
     empty = tmp_path / "none.parquet"
     write_concepts(empty, [])
     assert read_concepts(empty) == []
+
+
+def test_a_table_of_before_rivals_is_read(tmp_path):
+    columns = {name: kind for name, kind in TYPES.items() if name not in ("rival", "rival_auc", "class_f1")}
+    cells = {name: np.array([getattr(STAR, name)], dtype=object) for name in columns}
+    write_table(tmp_path / "concepts.parquet", cells, columns)
+    assert read_concepts(tmp_path) == [replace(STAR, rival=None, rival_auc=None)]
+
+
+def test_captions_stand_beside_pictures(tmp_path):
+    write_review(tmp_path / "r.csv", [STAR], {3: ["a.png", "b.png"]}, {3: ["a star", "two stars"]})
+    (row,) = csv.DictReader((tmp_path / "r.csv").read_text().splitlines())
+    assert (row["top pictures"], row["top captions"]) == ("a.png b.png", "a star | two stars")
+    write_review(tmp_path / "r.csv", [STAR], {3: ["a.png"]}, {3: []})
+    assert "top captions" not in (tmp_path / "r.csv").read_text()
 
 
 def test_a_latent_has_one_name_by_a_method(tmp_path):

@@ -92,8 +92,58 @@ def test_classes_stand_for_words_where_there_is_no_tower():
     torch.testing.assert_close(found.embeddings[0], torch.tensor([0.8, 0.4]) / 0.8**0.5)
 
 
-def test_embeddings_made_elsewhere_need_a_row_a_word():
+def test_embeddings_made_elsewhere_are_made_unit_rows(tmp_path):
     found = stored_vocabulary(("a", "b"), np.array([[3.0, 4.0], [0.0, 2.0]]), source="elsewhere")
+    np.save(tmp_path / "rows.npy", np.array([[3.0, 4.0], [0.0, 2.0]]))
+    with pytest.warns(UserWarning, match="lengths 2 to 5, not 1"):
+        assert stored_vocabulary(("a", "b"), tmp_path / "rows.npy", source="elsewhere").digest == found.digest
     torch.testing.assert_close(found.embeddings, torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
-    with pytest.raises(ValueError, match="n_words=3"):
-        stored_vocabulary(("a", "b", "c"), np.ones((2, 2)), source="elsewhere")
+    again = stored_vocabulary(("a", "b"), np.array([[0.6, 0.8], [0.0, 1.0]], dtype=np.float16), source="half precision")
+    torch.testing.assert_close(again.embeddings, found.embeddings, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "rows", "message"),
+    [
+        (("a", "b", "c"), np.eye(2), "has 2 rows, and there are 3 words"),
+        (("a", "b"), np.eye(5)[:, :2], "has 5 rows, and there are 2 words.*They lie in columns"),
+        (("a", "a"), np.eye(2), "each once; got 2, 1 different"),
+        (("a", "b"), np.array([[1.0, 0.0], [np.nan, 1.0]]), "the row of 'b' in elsewhere has NaN"),
+        (("a", "b"), np.array([[0.0, 0.0], [0.0, 1.0]]), "the row of 'a' in elsewhere is all zeros"),
+        (("a", "b"), np.eye(2), "has 2 columns, the model's image embedding 3"),
+    ],
+)
+def test_bad_embeddings_made_elsewhere(words, rows, message):
+    d_embed = 3 if "columns, the model" in message else None
+    with pytest.raises(ValueError, match=message):
+        stored_vocabulary(words, rows, source="elsewhere", d_embed=d_embed)
+
+
+def test_files_of_embeddings(tmp_path):
+    np.save(tmp_path / "rows.npy", np.eye(2, dtype=np.float16))
+    assert stored_vocabulary(("a", "b"), tmp_path / "rows.npy", source="x").words == ("a", "b")
+    with pytest.raises(FileNotFoundError, match=r"none\.npy is missing"):
+        stored_vocabulary(("a", "b"), tmp_path / "none.npy", source="x")
+    (tmp_path / "text.npy").write_text("no array")
+    with pytest.raises(ValueError, match=r"text\.npy is no \.npy file"):
+        stored_vocabulary(("a", "b"), tmp_path / "text.npy", source="x")
+    np.save(tmp_path / "flat.npy", np.eye(2)[0])
+    with pytest.raises(ValueError, match=r"must be \(n_words, d_embed\).*\(2,\)"):
+        stored_vocabulary(("a", "b"), tmp_path / "flat.npy", source="x")
+    np.save(tmp_path / "words.npy", np.array([["a", "b"]]))
+    with pytest.raises(ValueError, match="no .npy file of numbers"):
+        stored_vocabulary(("a", "b"), tmp_path / "words.npy", source="x")
+
+
+def test_words_in_json(tmp_path):
+    path = tmp_path / "words.json"
+    path.write_text('["zebra", " hot dog ", "zebra"]')
+    assert read_words(path) == ("zebra", "hot dog")
+    for text, message in (
+        ('{"zebra": 1}', "must be a list of words"),
+        ("[1, 2]", "a list of words"),
+        ("[", "not JSON"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_words(path)

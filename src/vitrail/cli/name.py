@@ -1,16 +1,20 @@
 """vitrail name"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from vitrail.cli.opened import open_coder_and_backbone
 from vitrail.cli.options import pick_device, pick_workers
+from vitrail.concepts.mask_check import Masked, write_mask_checks
+from vitrail.concepts.masks import patch_codes, truth_of_pictures
 from vitrail.concepts.study import NamingOptions, name_latents
-from vitrail.concepts.vocabulary import read_words
-from vitrail.images import open_images
+from vitrail.concepts.table import read_concepts
+from vitrail.concepts.vocabulary import read_words, stored_vocabulary
+from vitrail.files import file_digest, write_json
+from vitrail.images import ImageSource, open_images
 from vitrail.metrics.truth import Pool
 from vitrail.progress import Terminal
 
@@ -26,9 +30,12 @@ def name_verb(
     images: str,
     out: Path,
     words: str = "everyday",
+    word_rows: Path | None = None,
     templates: tuple[str, ...] = ("a photo of a {}.",),
     method: tuple[Method, ...] = (),
     split: str | None = None,
+    mask_images: str | None = None,
+    masks: Path | None = None,
     backbone: str | None = None,
     weights: Path | None = None,
     image_px: int | None = None,
@@ -51,14 +58,17 @@ def name_verb(
 ) -> None:
     """Names for a coder's latents, each with its evidence. Half of the pictures name, the other half tries the names.
 
-    Writes concepts.parquet, concepts.json and review.csv, a sheet for people.
+    Writes concepts.parquet, concepts.json and review.csv, a sheet for people; with --mask-images also mask_check.csv.
 
     Args:
         coder: a coder that `vitrail train` wrote
         images: pictures it was not trained on, "world:shapes?n=500&split=test"
         out: a folder
-        words: a file with a word a line, or "everyday" or "shapes" of the package
+        words: a file with a word a line, a .json list, or "everyday" or "shapes" of the package
+        word_rows: a .npy with a unit row a word, for a backbone whose text tower is not here
         templates: what words are put into
+        mask_images: other pictures, with masks: does a latent fire on the patches of the class it is named after?
+        masks: the folder of their masks, a PNG a picture and classes.yaml; worlds know their own
         method: default: all that coder, backbone and pictures allow
         cache: where embedded words are kept (default: OUT/vocabulary)
         space: for decoder_text: the coder's normalised space, or the model's
@@ -91,18 +101,27 @@ def name_verb(
         n_bootstrap=n_bootstrap,
         seed=seed,
     )
+    source, listed = open_images(images, split=split), read_words(words)
+    checked = _pictures_with_masks(mask_images, masks, source)
+    said: dict[str, Any] = {"coder": str(coder), "coder_sha256": about.get("weights_sha256")}
+    vocabulary = None
+    if word_rows is not None:
+        width = model.point("hook_image_embed").width
+        vocabulary = stored_vocabulary(listed, word_rows, source=f"{words}, {word_rows}", d_embed=width)
+        said["word_rows_sha256"] = file_digest(word_rows)
     found = name_latents(
         model,
         loaded,
-        open_images(images, split=split),
+        source,
         out,
         point=about["point"],
         tokens=about["tokens"],
-        words=read_words(words),
+        words=listed,
         source=words,
         cache=cache or out / "vocabulary",
+        vocabulary=vocabulary,
         options=options,
-        said={"coder": str(coder), "coder_sha256": about.get("weights_sha256")},
+        said=said,
         n_workers=pick_workers(workers),
         progress=Terminal(),
     )
@@ -115,4 +134,53 @@ def name_verb(
             line += f"; {100 * one['true_of_valid']:.0f} % of the valid are true"
         print(line)
         print(f"  rules: {', '.join(f'{rule} {counts[rule]}' for rule in list(counts)[1:])}")
-    print(f"{out}: concepts.parquet, concepts.json, review.csv")
+    if checked is not None:
+        codes, positions = patch_codes(
+            model,
+            loaded,
+            checked,
+            about["point"],
+            about["tokens"],
+            batch_size=batch_size,
+            n_workers=pick_workers(workers),
+            progress=Terminal(),
+        )
+        truth = truth_of_pictures(checked, positions, model, masks)
+        among = listed if model.text is not None or vocabulary is not None else None
+        rows = read_concepts(out)
+        masked = Masked(codes, truth, among=among, seed=seed)
+        checks = {
+            name: masked.check([row for row in rows if row.method == name], n_bootstrap=n_bootstrap) for name in found
+        }
+        write_mask_checks(out / "mask_check.csv", [row for one in checks.values() for row in one.measured])
+        summaries = {name: one.summary(seed=seed) for name, one in checks.items()}
+        write_json(out / "mask_check.json", {"images": checked.spec, "n_images": truth.n, "methods": summaries})
+        for name, one in summaries.items():
+            print(f"{name}, against masks: {_told(one)}")
+    print(f"{out}: concepts.parquet, concepts.json, review.csv{', mask_check.csv' if checked is not None else ''}")
+
+
+def _pictures_with_masks(spec: str | None, masks: Path | None, naming: ImageSource) -> ImageSource | None:
+    """Raises ValueError where masks have no pictures, or the pictures are those that find the names."""
+    if spec is None:
+        if masks is not None:
+            raise ValueError(f"--masks {masks} needs --mask-images: the pictures that these are the masks of.")
+        return None
+    images = open_images(spec)
+    if images.fingerprint() == naming.fingerprint():
+        raise ValueError(
+            f"--mask-images {spec} are the pictures that find the names: a name is tried on others. "
+            'Take parts, "PICTURES@0:0.5" and "PICTURES@0.5:1".'
+        )
+    return images
+
+
+def _told(one: Mapping[str, Any]) -> str:
+    line = f"{one['measured']} of {one['names']} names can be measured"
+    if one["measured"]:
+        line += (
+            f" ({one['classes_named']} classes of {one['n_classes']}); AUC {one['auc']:.3f}, dealt names "
+            f"{one['dealt']:.3f}; the best class for {100 * one['best']:.0f} % "
+            f"(dealt {100 * one['best_dealt']:.0f} %), {one['holds']} above the other names"
+        )
+    return line

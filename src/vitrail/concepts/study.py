@@ -9,7 +9,7 @@ Without a text tower the words are the names of the pictures' classes, each with
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,23 @@ from torch.nn.functional import normalize
 from vitrail.backbones.base import Backbone
 from vitrail.backbones.text import OPENAI_SIMPLE
 from vitrail.coders.base import SparseCoder
-from vitrail.concepts.detection import MARGIN, Detection, best_concepts, detect, firing, largest
+from vitrail.coders.sparse import Codes
+from vitrail.concepts.detection import MARGIN, Detection, best_concepts, best_words, class_f1s, detect, firing, largest
 from vitrail.concepts.effect import effect
 from vitrail.concepts.naming import N_TOP, Named, Space, captions, decoder_text, labels, top_images
 from vitrail.concepts.pictures import Pictures, read_pictures
 from vitrail.concepts.table import METHODS, Concept, to_json, write_concepts, write_review
-from vitrail.concepts.validation import COSINE, RATIO, agreement, rule_counts, validated, with_truth
+from vitrail.concepts.validation import (
+    COSINE,
+    RATIO,
+    agreement,
+    content_words,
+    rule_counts,
+    validated,
+    with_truth,
+)
 from vitrail.concepts.vocabulary import Vocabulary, class_vocabulary, embed
+from vitrail.files import tensors_digest
 from vitrail.images.base import ImageSource
 from vitrail.images.loader import load_batches
 from vitrail.metrics.monosemanticity import TopImages
@@ -118,7 +128,7 @@ def name_latents(
             by = None if backbone.text is None and backbone.class_names and backbone.n_classes else vocabulary
             named[method] = effect(backbone, coder, shown, point, tokens, live, by, highest=highest, progress=progress)
     fires = pictures.codes.fired().numpy() / pictures.n
-    rows = tried(named, trying, vocabulary, backbone, limit, options, fires)
+    rows = tried(named, trying, vocabulary, backbone, limit, options, fires, naming=naming)
     if pictures.truth is not None:
         live = np.flatnonzero(fires > 0).tolist()
         best = best_concepts(firing(pictures.codes, limit), pictures.truth, live)
@@ -133,6 +143,7 @@ def name_latents(
         "backbone": backbone.name,
         "point": point,
         "tokens": tokens,
+        "coder_digest": tensors_digest(coder.state_dict()),
         "images": images.spec,
         "n_images": {"naming": naming.n, "held_out": trying.n},
         "words": {"source": vocabulary.source, "n": len(vocabulary.words), "digest": vocabulary.digest},
@@ -146,7 +157,11 @@ def name_latents(
     to_json(out / "concepts.json", rows, about)
     tops = TopImages.of_codes(naming.codes, max(2, options.n_top)).images[:, :5]
     examples = {row.latent: [naming.ids[one] for one in tops[row.latent] if one >= 0] for row in rows}
-    write_review(out / "review.csv", rows, examples)
+    said_of = {
+        row.latent: [naming.captions[one] or "" for one in tops[row.latent] if one >= 0 and naming.captions[one]]
+        for row in rows
+    }
+    write_review(out / "review.csv", rows, examples, said_of)
     return summary
 
 
@@ -158,15 +173,24 @@ def tried(
     limit: Float[np.ndarray, " d_sae"],
     options: NamingOptions,
     fires: Float[np.ndarray, " d_sae"],
+    *,
+    naming: Pictures | None = None,
 ) -> list[Concept]:
-    """Rules and held-out detection of every name. `limit`: above which a latent counts as firing."""
+    """Rules and held-out detection of every name. `limit`: above which a latent counts as firing.
+
+    `naming`: the pictures the names were found on, and rivals are; None: names have no rivals.
+    """
     rng = np.random.default_rng(options.seed)
     n_random = min(options.n_random, len(vocabulary.words))
     random = vocabulary.embeddings[torch.from_numpy(rng.permutation(len(vocabulary.words))[:n_random])]
     known = rows_of({name for one in named.values() for name in one.names}, vocabulary, backbone, options)
     codes = firing(trying.codes, limit)
+    found = None if naming is None else firing(naming.codes, limit)
     rows: list[Concept] = []
     for one in named.values():
+        rivals = words = None
+        if naming is not None and found is not None:
+            rivals, words = rivals_of(one, found, naming.embeddings, vocabulary)
         each = torch.stack([known[name] for name in one.names]) if one.names else random[:0]
         detections: list[Detection | None] = detect(
             codes,
@@ -174,9 +198,17 @@ def tried(
             one.latents,
             each,
             random,
+            rivals=rivals,
             n_bootstrap=options.n_bootstrap,
             seed=options.seed,
         )
+        if one.method == "labels" and naming is not None:
+            classes = np.array([naming.classes.index(name) for name in one.names], dtype=np.int64)
+            f1s = class_f1s(naming.codes, naming.labels, trying.codes, trying.labels, one.latents, classes)
+            detections = [
+                None if seen is None else replace(seen, class_f1=f1)
+                for seen, f1 in zip(detections, f1s.tolist(), strict=True)
+            ]
         rows += validated(
             one,
             cosine=options.cosine,
@@ -184,8 +216,23 @@ def tried(
             margin=options.margin,
             detections=detections,
             fires=fires,
+            rivals=words,
         )
     return rows
+
+
+def rivals_of(
+    named: Named, codes: Codes, embeddings: Float[Tensor, "n d_embed"], vocabulary: Vocabulary
+) -> tuple[Float[Tensor, "m d_embed"], list[str]]:
+    """For each latent the row of the word that detects it best on these pictures, of those that say something other
+    than its name, and the word; zeros and "" for none."""
+    saying: dict[tuple[str, ...], list[int]] = {}
+    for j, word in enumerate(vocabulary.words):
+        saying.setdefault(content_words(word), []).append(j)
+    barred = [saying.get(content_words(name), []) for name in named.names]
+    best = torch.from_numpy(best_words(codes, embeddings, named.latents, vocabulary.embeddings, barred))
+    words = [vocabulary.words[j] if j >= 0 else "" for j in best.tolist()]
+    return vocabulary.embeddings[best.clamp(min=0)] * (best >= 0)[:, None], words
 
 
 def rows_of(

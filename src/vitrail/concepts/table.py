@@ -27,7 +27,9 @@ METHODS = ("decoder_text", "top_images", "effect", "captions", "labels")
 @dataclass(frozen=True, kw_only=True)
 class Concept:
     """`fires`: share of all pictures. `detection_*`: AUC on pictures that were not used to find the name, its 95 %
-    interval, and mean and 95 % range of random names. `true`: whether the name says `truth`, the latent's best concept.
+    interval, and mean and 95 % range of random names. `rival`: the other word that did best on the naming pictures.
+    `class_f1`: of names from labels, on the pictures that try. `true`: whether the name says `truth`, the latent's best
+    concept.
     """
 
     latent: int
@@ -46,6 +48,9 @@ class Concept:
     detection_random: float | None = None
     detection_random_low: float | None = None
     detection_random_high: float | None = None
+    rival: str | None = None
+    rival_auc: float | None = None
+    class_f1: float | None = None
     fires: float | None = None
     truth: str | None = None
     true: bool | None = None
@@ -56,7 +61,8 @@ class Concept:
 
 
 _FLAGS = ("cosine_ok", "ratio_ok", "unique_ok", "valid", "true")
-_TEXTS = ("method", "name", "runner_up", "truth")
+_TEXTS = ("method", "name", "runner_up", "rival", "truth")
+_NEWER = ("rival", "rival_auc", "class_f1")  # tables of before have no such columns
 TYPES = {
     field.name: "INTEGER"
     if field.name == "latent"
@@ -81,11 +87,11 @@ def read_concepts(path: str | Path) -> list[Concept]:
     """`path`: the Parquet file, or the folder it lies in."""
     path = Path(path)
     columns = read_table(path / "concepts.parquet" if path.is_dir() else path)
-    missing = [name for name in TYPES if name not in columns]
+    missing = [name for name in TYPES if name not in columns and name not in _NEWER]
     if missing:
         raise ValueError(f"{path} is no table of concepts: it has no column {missing[0]}.")
-    n = len(columns["latent"])
-    return [Concept(**{name: _value(columns[name][at], TYPES[name]) for name in TYPES}) for at in range(n)]
+    n, there = len(columns["latent"]), [name for name in TYPES if name in columns]
+    return [Concept(**{name: _value(columns[name][at], TYPES[name]) for name in there}) for at in range(n)]
 
 
 def coder_of_names(folder: str | Path) -> str | None:
@@ -108,18 +114,26 @@ def to_json(path: str | Path, rows: Sequence[Concept], about: Mapping[str, Any])
     )
 
 
-def write_review(path: str | Path, rows: Sequence[Concept], examples: Mapping[int, Sequence[str]]) -> None:
-    """A CSV for people: a row a latent, its names and evidence, `examples` of top pictures, and columns to fill in.
+def write_review(
+    path: str | Path,
+    rows: Sequence[Concept],
+    examples: Mapping[int, Sequence[str]],
+    captions: Mapping[int, Sequence[str]] | None = None,
+) -> None:
+    """A CSV for people: a row a latent, its names and evidence, `examples` of top pictures, what their `captions` say
+    where there are any, and columns to fill in.
 
-    SPEC row 98 (MSAE appendix A: a human check of the top concepts).
+    SPEC rows 98 and 99 (MSAE appendix A: a human check of the top concepts; figure 8: captions beside pictures).
     """
+    captions = captions or {}
+    heard = ["top captions"] if any(captions.values()) else []
     methods = [method for method in METHODS if any(row.method == method for row in rows)]
     best = names_of(rows)
     out = io.StringIO()
     sheet = csv.writer(out, lineterminator="\n")
     given = [column for method in methods for column in (method, f"{method} detection AUC", f"{method} valid")]
     sheet.writerow(
-        ["latent", "name", "fires", *given, "top pictures", "is the name right? (y/n)", "better name", "note"]
+        ["latent", "name", "fires", *given, "top pictures", *heard, "is the name right? (y/n)", "better name", "note"]
     )
     of_latent: dict[int, dict[str, Concept]] = {}
     for row in rows:
@@ -133,7 +147,8 @@ def write_review(path: str | Path, rows: Sequence[Concept], examples: Mapping[in
         fires = next((row.fires for row in by_method.values() if row.fires is not None), None)
         share = "" if fires is None else f"{fires:.4f}"
         pictures = " ".join(examples.get(latent, ()))
-        sheet.writerow([latent, best.get(latent, ""), share, *evidence, pictures, "", "", ""])
+        told = [" | ".join(captions.get(latent, ()))] if heard else []
+        sheet.writerow([latent, best.get(latent, ""), share, *evidence, pictures, *told, "", "", ""])
     with replacing(Path(path)) as temporary:
         temporary.write_text(out.getvalue(), encoding="utf-8")
 

@@ -8,6 +8,7 @@ preprocessing of words does the same (appendix A; SPEC row 93). Lists come from 
 from any text file with a word or phrase a line, such as SpLiCE's LAION unigrams or CLIP-Dissect's 20,000 words.
 """
 
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -26,6 +27,7 @@ from vitrail.files import json_digest, read_tensors, write_tensors
 LISTS = Path(__file__).parent / "words"
 BUILT_IN = ("everyday", "shapes")
 OF_CLASSES = "classes of the pictures"
+UNIT_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +55,11 @@ class Vocabulary:
 
 
 def read_words(source: str | Path) -> tuple[str, ...]:
-    """The words of a file, one a line, or of a list of the package ("everyday", "shapes"). Each once, in order.
+    """The words of a file, or of a list of the package ("everyday", "shapes"). Each once, in order.
 
-    Empty lines and lines that begin with "# " are left out. Raises FileNotFoundError, and ValueError for a file of
-    fewer than two words: a name needs another to be compared with.
+    A file has a word a line, where empty lines and those that begin with "# " are left out; a .json is a list of words.
+    Raises FileNotFoundError, and ValueError for a file of fewer than two words: a name needs another to be compared
+    with.
     """
     path = LISTS / f"{source}.txt" if str(source) in BUILT_IN else Path(source)
     if not path.is_file():
@@ -64,10 +67,14 @@ def read_words(source: str | Path) -> tuple[str, ...]:
             f"there is no word list {str(source)!r}: give a text file with a word a line, or {' or '.join(BUILT_IN)}."
         )
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file in UTF-8: {error}.") from error
-    words = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("# ")))
+    if path.suffix == ".json":
+        lines = _json_words(path, text)
+    else:
+        lines = [line.strip() for line in text.splitlines() if not line.startswith("# ")]
+    words = tuple(dict.fromkeys(line for line in lines if line))
     if len(words) < 2:
         raise ValueError(f"{path} holds {len(words)} words; a vocabulary needs two at least, one a line.")
     return words
@@ -125,16 +132,47 @@ def embed(
     return Vocabulary(names, embeddings, templates, source, digest)
 
 
-def stored_vocabulary(words: Sequence[str], rows: Path | Float[np.ndarray, "n d_embed"], *, source: str) -> Vocabulary:
-    """Of embeddings that were made elsewhere: a .npy file or an array, one row a word.
+def stored_vocabulary(
+    words: Sequence[str], rows: Path | Float[np.ndarray, "n d_embed"], *, source: str, d_embed: int | None = None
+) -> Vocabulary:
+    """Of embeddings that were made elsewhere: a .npy file or an array, one unit row a word.
 
-    Raises ValueError if there are not as many rows as words.
+    `d_embed`: the width of the space that the rows should be in. Raises ValueError if there are not as many rows as
+    words, and for rows of another width, with NaN or infinite values, or all zeros; rows become unit rows,
+    with a warning where those of a file are not (to 1 %: half precision).
     """
-    array = np.load(rows) if isinstance(rows, Path) else rows
-    if array.ndim != 2 or len(array) != len(words) or len(words) < 2:
-        raise ValueError(f"embeddings must be (n_words={len(words)}, d_embed) with two words at least; {array.shape}.")
-    embeddings = normalize(torch.from_numpy(np.asarray(array, dtype=np.float32)), dim=1)
-    return Vocabulary(tuple(words), embeddings, (), source, json_digest([list(words), embeddings.tolist()]))
+    where = str(rows) if isinstance(rows, Path) else source
+    array = _loaded(rows) if isinstance(rows, Path) else rows
+    words = tuple(words)
+    if array.ndim != 2:
+        raise ValueError(f"embeddings must be (n_words, d_embed), a row a word; {where} has shape {array.shape}.")
+    if len(array) != len(words):
+        turned = " They lie in columns: transpose them." if array.shape[1] == len(words) else ""
+        raise ValueError(f"{where} has {len(array)} rows, and there are {len(words)} words: one row a word.{turned}")
+    if len(set(words)) < max(2, len(words)):
+        raise ValueError(
+            f"a vocabulary is two words at least, each once; got {len(words)}, {len(set(words))} different."
+        )
+    if d_embed is not None and array.shape[1] != d_embed:
+        raise ValueError(
+            f"{where} has {array.shape[1]} columns, the model's image embedding {d_embed}: "
+            "take the words as this model's own text tower embeds them."
+        )
+    array = np.asarray(array, dtype=np.float32)
+    bad = np.flatnonzero(~np.isfinite(array).all(1))
+    if len(bad):
+        raise ValueError(f"the row of {words[bad[0]]!r} in {where} has NaN or infinite values.")
+    lengths = np.linalg.norm(array, axis=1)
+    if not lengths.all():
+        raise ValueError(f"the row of {words[int(lengths.argmin())]!r} in {where} is all zeros: it has no direction.")
+    if isinstance(rows, Path) and np.abs(lengths - 1).max() > UNIT_TOLERANCE:
+        warnings.warn(
+            f"rows of {where} have lengths {lengths.min():.4g} to {lengths.max():.4g}, not 1: only directions count. "
+            "If they were meant to be unit rows, look whether words lie in columns.",
+            stacklevel=2,
+        )
+    embeddings = normalize(torch.from_numpy(array), dim=1)
+    return Vocabulary(words, embeddings, (), source, json_digest([list(words), embeddings.tolist()]))
 
 
 def class_vocabulary(
@@ -151,6 +189,28 @@ def class_vocabulary(
     names = tuple(classes[label] for label in seen)
     rows = normalize(rows, dim=1)
     return Vocabulary(names, rows, (), OF_CLASSES, json_digest([names, rows.tolist()]))
+
+
+def _json_words(path: Path, text: str) -> list[str]:
+    try:
+        told = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(told, list) or not all(isinstance(word, str) for word in told):
+        raise ValueError(f'{path} must be a list of words, ["zebra", "bear", ...].')
+    return [word.strip() for word in told]
+
+
+def _loaded(path: Path) -> Shaped[np.ndarray, "..."]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: it should hold a row a word.")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is no .npy file of numbers: {error}.") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise ValueError(f"{path} is no .npy file of numbers, (n_words, d_embed).")
+    return array
 
 
 def _rows(
