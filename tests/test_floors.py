@@ -19,6 +19,7 @@ FLOORS = [
     {"index"},
     {"metrics"},
     {"concepts"},
+    {"steering"},
     {"toys", "studies"},
     {"cli"},
 ]

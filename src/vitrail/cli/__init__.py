@@ -29,6 +29,8 @@ VERBS = {
     "bias": "which latents go with a classifier's answers, and which move them",
     "search": "images like an image, of a concept, or of what fires in a box; and why",
     "edit": "concepts set, added, scaled or removed; what the images are near then",
+    "steer": "every latent turned up: how far it moves the zero-shot answer, and to which words",
+    "repair": "a model with latents edited inside: one module, saved, exported",
     "study": "backbones x coders x seeds from one file, resumed cell by cell",
     "report": "one self-contained HTML page of a run folder",
     "hub": "publish and fetch coders: hub push, hub pull",
