@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from vitrail.backbones import load
 from vitrail.cli import main
+from vitrail.cli.search import find_names
 from vitrail.coders import TopK, save_coder
 from vitrail.concepts.table import names_of, read_concepts
 from vitrail.concepts.vocabulary import embed, read_words
@@ -43,6 +45,17 @@ def run(tmp_path_factory):
     return out
 
 
+def test_names_of_a_runs_coder_lie_where_search_and_report_look(run, capsys, tmp_path):
+    shutil.copytree(run / "inner", tmp_path / "r/coders/inner")
+    few = ["--images", "world:shapes?n=24&seed=9&split=val&image_px=64", "--words", "shapes", "--method", "top_images"]
+    main(["name", f"{tmp_path}/r/coders/inner", *few, "--n-bootstrap", "20", *COMMON])
+    rows = read_concepts(tmp_path / "r/concepts/inner")
+    assert find_names(None, tmp_path / "r", "inner") == names_of(rows)
+    with pytest.raises(SystemExit):
+        main(["name", f"{run}/inner", *few])
+    assert "lies in no run's coders/: say where the names go with --out" in capsys.readouterr().err
+
+
 def test_names_by_every_method(run, capsys):
     out = run / "names"
     asked = ["name", f"{run}/last", "--images", PICTURES, "--words", "shapes", "--out", str(out)]
@@ -52,6 +65,8 @@ def test_names_by_every_method(run, capsys):
     methods = {row.method for row in rows}
     assert methods == {"decoder_text", "top_images", "effect", "captions", "labels"}
     assert all(f"{method}: " in said for method in methods)
+    assert re.search(r"\d+ of 42 latents have a valid name, \d+ different ones", said)
+    assert re.search(r"decoder_text and top_images: the same name for \d+% of \d+ latents", said)
     about = json.loads((out / "concepts.json").read_text())["about"]
     by_text = about["methods"]["top_images"]
     assert by_text["detection_auc"] > by_text["detection_random"] + 0.1

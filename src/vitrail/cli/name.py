@@ -11,9 +11,9 @@ from vitrail.cli.options import pick_device, pick_workers
 from vitrail.concepts.mask_check import Masked, write_mask_checks
 from vitrail.concepts.masks import patch_codes, truth_of_pictures
 from vitrail.concepts.study import NamingOptions, name_latents
-from vitrail.concepts.table import read_concepts
+from vitrail.concepts.table import names_of, read_concepts
 from vitrail.concepts.vocabulary import read_words, stored_vocabulary
-from vitrail.files import file_digest, write_json
+from vitrail.files import file_digest, read_json, write_json
 from vitrail.images import ImageSource, open_images
 from vitrail.metrics.truth import Pool
 from vitrail.progress import Terminal
@@ -28,7 +28,7 @@ def run(arguments: Sequence[str]) -> None:
 def name_verb(
     coder: Annotated[Path, tyro.conf.Positional],
     images: str,
-    out: Path,
+    out: Path | None = None,
     words: str = "everyday",
     word_rows: Path | None = None,
     templates: tuple[str, ...] = ("a photo of a {}.",),
@@ -63,7 +63,7 @@ def name_verb(
     Args:
         coder: a coder that `vitrail train` wrote
         images: pictures it was not trained on, "world:shapes?n=500&split=test"
-        out: a folder
+        out: a folder (default, of RUN/coders/NAME: RUN/concepts/NAME, where search, edit and report look for names)
         words: a file with a word a line, a .json list, or "everyday" or "shapes" of the package
         word_rows: a .npy with a unit row a word, for a backbone whose text tower is not here
         templates: what words are put into
@@ -81,6 +81,10 @@ def name_verb(
         n_effect_images: pictures on which latents are turned up
         n_random: random words that a name is compared with
     """
+    if out is None:
+        if coder.resolve().parent.name != "coders":
+            raise ValueError(f"{coder} lies in no run's coders/: say where the names go with --out.")
+        out = coder.resolve().parents[1] / "concepts" / coder.resolve().name
     loaded, about, model = open_coder_and_backbone(
         coder, backbone=backbone, weights=weights, image_px=image_px, device=pick_device(device)
     )
@@ -125,6 +129,8 @@ def name_verb(
         n_workers=pick_workers(workers),
         progress=Terminal(),
     )
+    named = names_of(read_concepts(out))
+    print(f"{len(named)} of {loaded.d_sae} latents have a valid name, {len(set(named.values()))} different ones")
     for name, one in found.items():
         counts = one["rules"]
         line = f"{name}: {counts['latents']} latents named, {one['valid']} valid"
@@ -134,6 +140,12 @@ def name_verb(
             line += f"; {100 * one['true_of_valid']:.0f} % of the valid are true"
         print(line)
         print(f"  rules: {', '.join(f'{rule} {counts[rule]}' for rule in list(counts)[1:])}")
+    for pair in read_json(out / "concepts.json", "table of names")["about"]["agreement"]:
+        if pair["n"]:
+            print(
+                f"{pair['a']} and {pair['b']}: the same name for {pair['same']:.0%} of {pair['n']} latents, a word in "
+                f"common for {pair['shares_a_word']:.0%}"
+            )
     if checked is not None:
         codes, positions = patch_codes(
             model,

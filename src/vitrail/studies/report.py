@@ -208,21 +208,35 @@ def concepts_told(one: Indexed) -> str:
 
 
 def choose_latents(one: Indexed, table: Columns, n: int, seed: int) -> tuple[list[tuple[int, str]], str]:
-    """Half by a rule that looks for meaning, half at random: what is best, and what is usual."""
+    """Half by rules that look for meaning, half at random: what is best, and what is usual."""
     latents = one.index.latents
     enough, of_which = np.flatnonzero(latents["n_images_active"] >= 16), "all that fire on at least 16 images"
     if len(enough) == 0:
         enough, of_which = np.flatnonzero(~latents["dead"]), "all that fire at all"
-    seen_on_patches = enough[on_patches(one, enough)]
-    chosen, by = purest(one, table, seen_on_patches, n // 2), "the purest top images, one per class"
-    if len(chosen) < n // 2:  # no labels, or too few pictures of a class: then by how far they rise above themselves
-        chosen, by = strongest(one, seen_on_patches, n // 2), "the largest rise above their own mean"
-    rest = np.setdiff1d(enough, [latent for latent, _ in chosen])
-    drawn = np.random.default_rng(seed).permutation(rest)[: n - len(chosen)]
+    named = best_named(one, enough, n // 4)
+    seen_on_patches = np.setdiff1d(enough[on_patches(one, enough)], [latent for latent, _ in named])
+    half = n // 2 - len(named)
+    chosen, by = purest(one, table, seen_on_patches, half), "the purest top images, one per class"
+    if len(chosen) < half:  # no labels, or too few pictures of a class: then by how far they rise above themselves
+        chosen, by = strongest(one, seen_on_patches, half), "the largest rise above their own mean"
+    rest = np.setdiff1d(enough, [latent for latent, _ in [*named, *chosen]])
+    drawn = np.random.default_rng(seed).permutation(rest)[: n - len(chosen) - len(named)]
     rule = f"Shown: {len(drawn)} drawn at random among {of_which}."
     if chosen:
         rule = f"Shown: {len(chosen)} of those that fire most on patches, with {by}; and {rule.removeprefix('Shown: ')}"
-    return chosen + [(int(latent), "drawn at random") for latent in drawn], rule
+    if named:
+        rule = f"Shown: {len(named)} with the surest names, one a name; {rule.removeprefix('Shown: ')}"
+    return [*named, *chosen, *((int(latent), "drawn at random") for latent in drawn)], rule
+
+
+def best_named(one: Indexed, latents: NDArray[np.int64], n: int) -> list[tuple[int, str]]:
+    """At most n latents, each of another valid name, with the largest held-out AUC."""
+    valid = {latent: (one.names or {})[latent] for latent in latents.tolist() if latent in (one.names or {})}
+    chosen: dict[str, tuple[int, str]] = {}
+    for latent in sorted(valid, key=lambda latent: (-(valid[latent].detection_auc or 0), latent)):
+        if len(chosen) < n:
+            chosen.setdefault(valid[latent].name, (latent, "chosen: its name is among the surest"))
+    return list(chosen.values())
 
 
 def purest(one: Indexed, table: Columns, latents: NDArray[np.int64], n: int) -> list[tuple[int, str]]:
