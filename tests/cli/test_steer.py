@@ -48,6 +48,13 @@ def test_steering_writes_a_row_a_latent(coders, tmp_path, capsys):
     assert told["families"]["latents"]["share_sampling"] is not None
     assert (tmp_path / "histogram.svg").is_file()
     assert (tmp_path / "curves.svg").is_file()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "20 of 64 latents of blocks.3.hook_resid_post" in page
+    assert page.count("data:image/png;base64") == 3
+    mine = table["family"] == "latents"
+    most = int(table["number"][mine][np.argmax(table["s"][mine])])
+    assert f"<tr><td>{most}</td>" in page.split("move the answer most")[1].split("</tr>")[1]
+    assert "http" not in page
 
 
 def test_without_a_text_tower_words_come_as_rows(coders, tmp_path, capsys):

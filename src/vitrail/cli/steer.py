@@ -12,6 +12,7 @@ from jaxtyping import Int
 from vitrail.backbones import Backbone
 from vitrail.cli.opened import open_coder_and_backbone
 from vitrail.cli.options import pick_device, pick_workers
+from vitrail.cli.search import find_names
 from vitrail.concepts.vocabulary import Vocabulary, embed, read_words, stored_vocabulary
 from vitrail.files import read_json
 from vitrail.images import open_images
@@ -20,6 +21,7 @@ from vitrail.steering.bench import SteerOptions
 from vitrail.steering.figures import figures
 from vitrail.steering.interventions import Dose
 from vitrail.steering.run import steer
+from vitrail.steering.steer_page import write_page
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -58,8 +60,8 @@ def steer_verb(
 ) -> None:
     """Turn latents up, one at a time on every image, and measure what the model's zero-shot answer makes of it.
 
-    Writes steerability.parquet (a row a latent), steerability.json, curves.parquet and, where matplotlib is, pictures.
-    Killed and run again, it goes on.
+    Writes steerability.parquet (a row a latent), steerability.json, curves.parquet, report.html and, where matplotlib
+    is, pictures. Killed and run again, it goes on.
 
     Args:
         coder: a coder that `vitrail train` wrote
@@ -136,7 +138,10 @@ def steer_verb(
     flat = read_json(out / "steerability.json", "run of steering")["before"]["s_of_flattening"]
     print(f"S of an answer that is merely made flat: {flat:.4f}")
     drawn = figures(out) if find_spec("matplotlib") is not None else []
-    print(f"{out}: {', '.join(['steerability.parquet', 'steerability.json', *(path.name for path in drawn)])}")
+    page = write_page(out, names=_names(coder))
+    print(
+        f"{out}: {', '.join(['steerability.parquet', 'steerability.json', *(path.name for path in drawn), page.name])}"
+    )
 
 
 def open_vocabulary(
@@ -168,3 +173,9 @@ def chosen_latents(asked: Sequence[str], d_sae: int, seed: int) -> Int[np.ndarra
     if not parts or not all(part.isdecimal() for part in parts):
         raise ValueError(f"latents are all, sample N, or numbers such as 1,2,3; got {text!r}.")
     return np.array(sorted({int(part) for part in parts}), dtype=np.int64)
+
+
+def _names(coder: Path) -> dict[int, str] | None:
+    """Of `vitrail name`, where it was run on this coder of a run."""
+    run_folder = coder.resolve().parents[1] if coder.resolve().parent.name == "coders" else None
+    return find_names(None, run_folder, coder.resolve().name)
