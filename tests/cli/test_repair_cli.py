@@ -8,7 +8,7 @@ import torch
 from vitrail.backbones import load
 from vitrail.cli import main
 from vitrail.coders import load_coder
-from vitrail.files import tensors_digest
+from vitrail.files import tensors_digest, write_tensors
 from vitrail.steering.repair import load_repaired
 
 POINT = "blocks.2.hook_resid_post"
@@ -63,6 +63,16 @@ def test_a_repaired_model_is_measured_saved_exported_and_opened(coder, capsys, t
         want = repaired(images)
         torch.testing.assert_close(torch.export.load(tmp_path / "r/model.pt2").module()(images), want)
         assert want.shape == backbone(images).shape
+
+
+def test_a_correction_takes_the_place_of_latents(coder, capsys, tmp_path):
+    d = load("toy/clip").d_model
+    tensors = {"centre": torch.zeros(d), "matrix": 0.1 * torch.eye(d)}
+    write_tensors(tmp_path / "c.safetensors", tensors, {"point": POINT})
+    asked = ("repair", coder, "--correction", tmp_path / "c.safetensors", "--out", tmp_path / "r", "--device", "cpu")
+    assert f"a linear correction of {POINT}, spatial tokens" in say(capsys, *asked)
+    assert load_repaired(tmp_path / "r").edits[0].about["rank"] == d
+    assert "latents or a --correction, not both" in fail(capsys, *asked, "--latents", 1)
 
 
 def test_what_cannot_be_repaired_is_a_sentence(coder, capsys, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +11,17 @@ import torch
 from vitrail.backbones import load
 from vitrail.backbones.toy import ToyViT, wrap
 from vitrail.coders import make_coder
+from vitrail.files import write_tensors
 from vitrail.statistics import ActivationStats
+from vitrail.steering.defences import Correction
 from vitrail.steering.interventions import Dose, Intervention, Latents, intervened
 from vitrail.steering.repair import (
+    CorrectionPart,
     Part,
     edited_latents,
     export_repaired,
     load_repaired,
+    read_correction,
     repair,
     repair_metadata,
     save_repaired,
@@ -246,3 +251,36 @@ def test_overhead_is_counted_and_timed(backbone, images):
     measured = time_overhead(repaired, images, repeats=2)
     assert set(measured) == {"plain_ms", "repaired_ms", "ratio"}
     assert measured["ratio"] > 0
+
+
+def test_a_linear_correction_is_the_defences_own_and_survives_disk_and_export(backbone, images, tmp_path):
+    generator = torch.Generator().manual_seed(3)
+    d = backbone.d_model
+    centre = torch.randn(d, generator=generator)
+    matrix = torch.randn(d, 4, generator=generator) @ torch.randn(4, d, generator=generator) / d
+    defence = Correction(POINT, centre, matrix, backbone.grid.n_special, rank=4)
+    write_tensors(tmp_path / "correction.safetensors", defence.tensors, {"point": POINT})
+    with torch.no_grad(), backbone.hooks({POINT: defence.hook}):
+        want = backbone(images)
+    repaired = repair(backbone, read_correction(tmp_path / "correction.safetensors"))
+    assert repaired.edits[0].about["rank"] == 4, "two thin factors, not d x d"
+    assert repaired.overhead()["products"] == backbone.grid.n_patches * 2 * 4 * d
+    save_repaired(tmp_path / "r", repaired)
+    with torch.no_grad():
+        assert (want - backbone(images)).abs().max() > 1e-3
+        torch.testing.assert_close(repaired(images), want, atol=2e-5, rtol=2e-5)
+        again = load_repaired(tmp_path / "r", backbone)
+        assert torch.equal(again(images), repaired(images))
+        program = torch.export.load(export_repaired(tmp_path, repaired)).module()
+        torch.testing.assert_close(program(images[:3]), want[:3], atol=2e-5, rtol=2e-5)
+
+
+def test_what_is_no_correction_is_a_sentence(backbone, tmp_path):
+    write_tensors(tmp_path / "c.safetensors", {"centre": torch.zeros(24), "W": torch.zeros(24, 24)}, {"point": POINT})
+    with pytest.raises(ValueError, match="no correction that `vitrail defend` wrote: it holds W, centre"):
+        read_correction(tmp_path / "c.safetensors")
+    part = CorrectionPart(point=POINT, centre=torch.zeros(8), matrix=torch.zeros(8, 8))
+    with pytest.raises(ValueError, match=r"is 24 wide, the correction's matrix is \(8, 8\)"):
+        repair(backbone, part)
+    with pytest.raises(ValueError, match="has one row an image"):
+        repair(backbone, replace(part, point="hook_image_embed"))

@@ -18,7 +18,7 @@ from vitrail.files import read_json, tensors_digest
 from vitrail.images import ImageSource, open_images
 from vitrail.images.loader import load_batches
 from vitrail.metrics.measured import Measured, over_images
-from vitrail.steering.repair import Part, export_repaired, repair, save_repaired, time_overhead
+from vitrail.steering.repair import Part, export_repaired, read_correction, repair, save_repaired, time_overhead
 from vitrail.steering.repaired import Repaired
 
 
@@ -32,6 +32,7 @@ def repair_verb(
     latents: tuple[int, ...] = (),
     concept: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-c"])] = (),
     features: Path | None = None,
+    correction: Path | None = None,
     operation: Literal["ablate", "set", "add", "scale"] = "ablate",
     value: float = 0.0,
     where: Literal["all", "cls", "spatial"] | None = None,
@@ -56,6 +57,7 @@ def repair_verb(
         latents: latents by number
         concept: latents by name, with --names
         features: a JSON with "features" (latents), as `vitrail defend` and `vitrail disentangle` write it
+        correction: correction.safetensors of `vitrail defend`: a linear map of patches, in place of latents
         operation: ablate them, or set them to, add, or scale them by --value
         where: tokens that are edited (default: those the coder was trained on)
         names: concepts.parquet or a JSON of latent to name
@@ -75,14 +77,38 @@ def repair_verb(
         chosen += listed["features"]
         where = where or listed.get("where")
         told["features"] = {"file": str(features), "format": listed.get("format")}
+    if correction is not None:
+        if chosen:
+            raise ValueError("give latents or a --correction, not both: they are two defences of one point.")
+        linear = read_correction(correction, tokens=where or "spatial")
+        told = {"correction": str(correction)}
+        repaired = repair(model, linear)
+        print(f"{repaired.name}: a linear correction of {linear.point}, {linear.tokens} tokens", end="; ")
+        return finish(repaired, told, images, split, limit, templates, batch_size, out, weights, batch, export=export)
     tokens = where or (about["tokens"] if about["tokens"] in ("all", "cls", "spatial") else "all")
     part = Part(coder=loaded, point=about["point"], latents=chosen, tokens=tokens, operation=operation, value=value)
     repaired = repair(model, part)
+    print(f"{repaired.name}: {len(set(chosen))} latents of {about['point']} ({operation}) on {tokens} tokens", end="; ")
+    return finish(repaired, told, images, split, limit, templates, batch_size, out, weights, batch, export=export)
+
+
+def finish(
+    repaired: Repaired,
+    told: dict[str, Any],
+    images: str | None,
+    split: str | None,
+    limit: int,
+    templates: tuple[str, ...],
+    batch_size: int,
+    out: Path,
+    weights: Path | None,
+    batch: int | None,
+    *,
+    export: bool,
+) -> None:
+    """Measured, saved, exported, and told."""
     overhead = repaired.overhead()
-    print(
-        f"{repaired.name}: {len(set(chosen))} latents of {about['point']} ({operation}) on {tokens} tokens; "
-        f"{overhead['parameters']:,.0f} numbers more, {overhead['products_share']:.2%} more multiplications an image"
-    )
+    print(f"{overhead['parameters']:,.0f} numbers more, {overhead['products_share']:.2%} more multiplications an image")
     if images is not None:
         told |= measured(repaired, open_images(images, split=split), limit, templates, batch_size)
     save_repaired(out, repaired, told, weights=weights)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from vitrail.backbones import load
 from vitrail.backbones.base import Backbone
-from vitrail.files import file_digest, read_json, read_tensors, replacing, write_json, write_tensors
+from vitrail.files import file_digest, open_tensors, read_json, read_tensors, replacing, write_json, write_tensors
 from vitrail.provenance import provenance
-from vitrail.steering.repaired import IMAGE_EMBED, EditedLatents, Repaired
+from vitrail.steering.repaired import IMAGE_EMBED, EditedLatents, InPlace, LinearCorrection, Repaired, edit_of
 
 if TYPE_CHECKING:
     from vitrail.coders.base import SparseCoder
@@ -44,14 +44,56 @@ class Part:
     value: float = 0.0
 
 
-def repair(backbone: Backbone, parts: Part | Sequence[Part]) -> Repaired:
-    """The backbone with these latents edited in every forward pass, the error term kept.
+@dataclass(frozen=True, kw_only=True)
+class CorrectionPart:
+    """A linear map of tokens at a point between blocks: x + (x - centre) @ matrix (defences.py: fit_corrections)."""
+
+    point: str
+    centre: Float[Tensor, " d"]
+    matrix: Float[Tensor, "d d"]
+    tokens: str = "spatial"
+
+
+def repair(backbone: Backbone, parts: Part | CorrectionPart | Sequence[Part | CorrectionPart]) -> Repaired:
+    """The backbone with these latents edited, the error term kept, or tokens corrected, in every forward pass.
 
     Raises ValueError for coders that cannot be written down densely (several points, dictionaries that pursue), for
     points inside a block, tokens that are not there, and IndexError for latents that are not.
     """
-    several = [parts] if isinstance(parts, Part) else list(parts)
-    return Repaired(backbone, [(part.point, edited_latents(backbone, part)) for part in several])
+    several = [parts] if isinstance(parts, Part | CorrectionPart) else list(parts)
+    return Repaired(
+        backbone,
+        [
+            (part.point, edited_latents(backbone, part) if isinstance(part, Part) else correction(backbone, part))
+            for part in several
+        ],
+    )
+
+
+def correction(backbone: Backbone, part: CorrectionPart) -> LinearCorrection:
+    """One correction as a module, its matrix in two factors. Raises ValueError where widths or tokens do not fit."""
+    known = backbone.point(part.point)
+    if not known.has_tokens:
+        raise ValueError(f"{part.point} has one row an image: a correction is of tokens between blocks.")
+    if tuple(part.matrix.shape) != (known.width, known.width) or tuple(part.centre.shape) != (known.width,):
+        raise ValueError(
+            f"{part.point} of {backbone.name} is {known.width} wide, the correction's matrix is "
+            f"{tuple(part.matrix.shape)} and its centre {tuple(part.centre.shape)}."
+        )
+    first, stop = _tokens(backbone, part.point, part.tokens, has_tokens=True)
+    about = {"kind": "correction", "tokens": part.tokens, "first": first, "stop": stop}
+    found = LinearCorrection.of_matrix(part.centre, part.matrix, about)
+    return found.to(next(backbone.parameters()).device)
+
+
+def read_correction(path: str | Path, *, tokens: str = "spatial") -> CorrectionPart:
+    """correction.safetensors of `vitrail defend`. Raises ValueError for a file that is something else."""
+    tensors = read_tensors(Path(path), "correction")
+    with open_tensors(Path(path)) as stored:
+        point = (stored.metadata() or {}).get("point")
+    if set(tensors) != {"centre", "matrix"} or point is None:
+        raise ValueError(f"{path} is no correction that `vitrail defend` wrote: it holds {', '.join(sorted(tensors))}.")
+    return CorrectionPart(point=point, centre=tensors["centre"], matrix=tensors["matrix"], tokens=tokens)
 
 
 @torch.no_grad()
@@ -82,6 +124,7 @@ def edited_latents(backbone: Backbone, part: Part) -> EditedLatents:
         normalization = "shared"
     first, stop = _tokens(backbone, part.point, part.tokens, has_tokens=known.has_tokens)
     about = {
+        "kind": "latents",
         "rule": rule,
         "k": k,
         "normalization": normalization,
@@ -107,7 +150,7 @@ def save_repaired(
     """Write the folder. `about`: what it was chosen for and what came of it. `weights`: where the model's lay."""
     folder, tensors, edits = Path(path), {}, []
     for i, (point, edit) in enumerate(zip(repaired.points, repaired.edits, strict=True)):
-        assert isinstance(edit, EditedLatents)
+        assert isinstance(edit, EditedLatents | LinearCorrection)
         tensors |= {f"{i}.{name}": tensor.cpu() for name, tensor in edit.named_buffers()}
         edits.append({"point": point, **edit.about})
     write_tensors(folder / "edit.safetensors", tensors)
@@ -155,10 +198,10 @@ def load_repaired(
             f"({told['backbone']}, {told['backbone_digest'][:12]}): the edits would change something else. Pass the "
             "--weights it was repaired with."
         )
-    edits: list[tuple[str, EditedLatents]] = []
+    edits: list[tuple[str, InPlace]] = []
     for i, about in enumerate(told["edits"]):
         mine = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{i}.")}
-        edits.append((about["point"], EditedLatents(mine, about).to(device)))
+        edits.append((about["point"], edit_of(mine, about).to(device)))
     return Repaired(backbone, edits)
 
 
@@ -280,10 +323,13 @@ def _check(edit: EditedLatents, coder: "SparseCoder", which: Tensor) -> None:
 
 __all__ = [
     "IMAGE_EMBED",
+    "CorrectionPart",
     "Part",
+    "correction",
     "edited_latents",
     "export_repaired",
     "load_repaired",
+    "read_correction",
     "repair",
     "repair_metadata",
     "save_repaired",

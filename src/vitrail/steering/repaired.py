@@ -110,6 +110,54 @@ class EditedLatents(nn.Module):
         return self.W.numel() + self.W_dec.numel()
 
 
+class LinearCorrection(nn.Module):
+    """x' = x + ((x - centre) @ left) @ right on some tokens: what `vitrail defend` fits, of low rank, without a coder.
+
+    tensors: centre (d,), left (d, r), right (r, d). about: kind "correction", tokens, first and stop, rank.
+    """
+
+    centre: Tensor
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.about = dict(about)
+        self.first, self.stop = about["first"], about["stop"]
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor.detach().clone().contiguous())
+
+    @classmethod
+    def of_matrix(
+        cls, centre: Float[Tensor, " d"], matrix: Float[Tensor, "d d"], about: Mapping[str, Any], *, tol: float = 1e-6
+    ) -> "LinearCorrection":
+        """`matrix` in two factors: directions whose singular value is below `tol` of the largest are left out."""
+        u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+        rank = max(1, int((s > tol * s[0]).sum()))
+        left, right = (u[:, :rank] * s[:rank]).float(), vh[:rank].float()
+        return cls({"centre": centre.float(), "left": left, "right": right}, {**about, "rank": rank})
+
+    def forward(self, value: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        first, stop = self.first or 0, self.stop if self.stop is not None else value.shape[1]
+        x = value[:, first:stop].to(self.centre.dtype)
+        moved = (x + ((x - self.centre) @ self.left) @ self.right).to(value.dtype)
+        return torch.cat([value[:, :first], moved, value[:, stop:]], 1)
+
+    def products_per_token(self) -> int:
+        return self.left.numel() + self.right.numel()
+
+
+InPlace = EditedLatents | LinearCorrection
+
+
+def edit_of(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> InPlace:
+    """What `about` says it is. Raises ValueError for a kind that is not known."""
+    kind = about.get("kind", "latents")
+    if kind not in ("latents", "correction"):
+        raise ValueError(f"an edit is of latents or a correction, not {kind!r}: a newer vitrail wrote it. Upgrade.")
+    return LinearCorrection(tensors, about) if kind == "correction" else EditedLatents(tensors, about)
+
+
 class Repaired(nn.Module):
     """`repaired(images)` is what the plain model gives, of edited activations. `edits`: by point, in order.
 
@@ -117,7 +165,7 @@ class Repaired(nn.Module):
     Raises ValueError for another point, or one named twice.
     """
 
-    def __init__(self, backbone: Backbone, edits: Sequence[tuple[str, EditedLatents]]) -> None:
+    def __init__(self, backbone: Backbone, edits: Sequence[tuple[str, InPlace]]) -> None:
         super().__init__()
         if not edits:
             raise ValueError("a repaired model has at least one edit.")
@@ -169,7 +217,7 @@ class Repaired(nn.Module):
         grid, d = self.backbone.grid, self.backbone.d_model
         added = 0
         for edit in self.edits:
-            assert isinstance(edit, EditedLatents)
+            assert isinstance(edit, EditedLatents | LinearCorrection)
             first, stop, _ = slice(edit.first, edit.stop).indices(grid.n_tokens)
             n = 1 if edit.about["tokens"] == "row" else stop - first
             added += n * edit.products_per_token()
