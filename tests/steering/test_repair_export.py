@@ -22,7 +22,12 @@ WHOLE = [
 ]
 
 
-@pytest.mark.parametrize("name", WHOLE)
+EVERY_TIME = {"toy-clip", "timm-vit", "open_clip", "hf-clip-projected"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in EVERY_TIME else pytest.param(name, marks=pytest.mark.slow) for name in WHOLE]
+)
 def test_a_model_of_every_library_is_repaired_and_exported(name, tmp_path):
     case = build_case(name)
     backbone, images = case.backbone, case.images(3)

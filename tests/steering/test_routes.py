@@ -44,6 +44,21 @@ CLASS_TOKEN = {
     "hf-registers",
 }
 
+EVERY_TIME = {
+    "toy-attention-only",
+    "toy-clip",
+    "timm-vit",
+    "timm-registers-no-cls",
+    "timm-siglip",
+    "timm-average",
+    "timm-eva",
+    "open_clip",
+    "open_clip-pooler",
+    "hf-clip-projected",
+    "hf-registers-classes",
+    "hf-siglip",
+}
+
 
 def head_of(backbone, n=12):
     return ZeroShotHead(torch.randn(n, backbone.d_embed, generator=torch.Generator().manual_seed(3)), 30.0)
@@ -88,7 +103,9 @@ def look_at(case, point, head, n=3):
     return images, seen, marked_tokens(case.backbone, point, "all") if known.has_tokens else None
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize(
+    "name", [name if name in EVERY_TIME else pytest.param(name, marks=pytest.mark.slow) for name in sorted(CASES)]
+)
 def test_routes_are_the_naive_forward(name):
     case = build_case(name)
     backbone, head = case.backbone, head_of(case.backbone)
