@@ -72,6 +72,8 @@ def test_a_defence_is_chosen_measured_and_handed_to_repair(coder, capsys, tmp_pa
     plain = [row for row in rows if row["defence"] == "none"]
     assert {row["condition"] for row in plain} >= {"clean", "seen", "unseen fonts", "unseen words", "all unseen"}
     assert all(row["low"] <= row["accuracy"] <= row["high"] for row in plain)
+    clean = next(row["accuracy"] for row in plain if row["condition"] == "clean")
+    assert ("right in only" in told) == (clean < 0.5), "a model that does not know the pictures cannot be defended"
     page = (tmp_path / "d/report.html").read_text()
     assert "Defense" in page
     assert "http" not in page.replace("http://www.w3.org", "")

@@ -14,6 +14,7 @@ from vitrail.backbones.text import OPENAI_SIMPLE
 from vitrail.cli.edit import class_head
 from vitrail.cli.opened import open_coder_and_backbone
 from vitrail.cli.options import pick_device, pick_workers
+from vitrail.concepts.editing import columns_of
 from vitrail.concepts.vocabulary import read_words, stored_vocabulary
 from vitrail.files import read_json
 from vitrail.images import ImageSource, open_images
@@ -23,13 +24,15 @@ from vitrail.metrics.heads import Head, ZeroShotHead
 from vitrail.progress import Terminal
 from vitrail.steering.defences import Removal
 from vitrail.steering.defending import Defended, Pictures, defend, save_defence, summary
-from vitrail.steering.interventions import columns_of
 from vitrail.steering.prefix import load_prefix, prefixed_head
 from vitrail.steering.typographic import Rest, Shown, look_at
 from vitrail.studies.defence_report import Example, write_defence_report
 
 FONTS = ("built-in", "bold", "dejavu-serif", "regular", "dejavu-mono", "slanted")
 N_EXAMPLES = 8
+
+
+KNOWS = 0.5  # of clean pictures: below it there is little that words could take
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -149,6 +152,12 @@ def defend_verb(
         examples=_examples(model, rest, found, attacked[hard], pictures.tests[hard], names),
     )
     show(rows)
+    clean = next(row["accuracy"] for row in rows if (row["defence"], row["condition"]) == ("none", "clean"))
+    if clean < KNOWS:
+        print(
+            f"note: the model is right in only {clean:.1%} of the clean pictures, so words can take little, and what a "
+            "defence gives back means little. Other --templates, or pictures that this model knows?"
+        )
     print(f"{_told(found)}\n{out / 'report.html'}")
 
 
@@ -177,7 +186,7 @@ def _told(found: Defended) -> str:
     loss = 100 * about["clean_loss"]
     return (
         f"{about['n']} latents ({found.main.defence.name}; tau {about['tau']:g}, lambda {about['lambda']:g}); on the "
-        f"sweep's pictures {100 * about['attacked']:.1f} % under attack, {loss:+.1f} points of clean accuracy lost"
+        f"sweep's pictures {100 * about['attacked']:.1f} % under attack, clean accuracy {-loss:+.1f} points"
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vitrail.backbones.base import Backbone
@@ -99,7 +99,7 @@ def edit_rows(
     if isinstance(coder, Transcoder | MultiSource):
         raise ValueError(f"a {coder.name} does not reconstruct one point from itself, so its latents cannot edit it.")
     codes = coder.encode_sparse(x)
-    before = _columns(codes, latents)
+    before = columns_of(codes, torch.tensor(latents))
     after, place = before.clone(), {latent: i for i, latent in enumerate(latents)}
     for edit in edits:
         at = [place[latent] for latent in edit.latents]
@@ -223,7 +223,7 @@ def drift(
     norms = torch.linalg.vector_norm(before.double(), dim=1).clamp_min(torch.finfo(torch.float64).tiny)
     moved = torch.linalg.vector_norm((after - before).double(), dim=1) / norms
     first, again = coder.encode_sparse(before), coder.encode_sparse(after)
-    wanted = _columns(first, tuple(latents))
+    wanted = columns_of(first, torch.tensor(latents))
     place = {latent: i for i, latent in enumerate(latents)}
     for edit in edits:
         at = [place[latent] for latent in edit.latents]
@@ -235,7 +235,7 @@ def drift(
         z, new = (c.select_rows(rows.to(c.device)).to_dense()[:, is_other].double() for c in (first, again))
         flipped += float(((z > 0) != (new > 0)).sum())
         changed, total = changed + float((new - z).abs().sum()), total + float(z.sum())
-    found, asked = float(_columns(again, tuple(latents)).double().sum()), float(wanted.double().sum())
+    found, asked = float(columns_of(again, torch.tensor(latents)).double().sum()), float(wanted.double().sum())
     return Drift(
         norm_share=float(moved.mean()),
         **_class_drift(outputs, head, targets),
@@ -310,14 +310,15 @@ def requery(
 # -- details
 
 
-def _columns(codes: Codes, latents: tuple[int, ...]) -> Float[Tensor, "n m"]:
-    """The asked latents of every row, dense: nothing of n x d_sae."""
+def columns_of(codes: Codes, which: Int[Tensor, " m"]) -> Float[Tensor, "n m"]:
+    """The asked latents of every row, dense: nothing of n x d_sae. A latent may be asked for twice."""
+    latents, back = which.to(codes.device).unique(return_inverse=True)
     place = torch.full((codes.d_sae,), -1, device=codes.device)
-    place[list(latents)] = torch.arange(len(latents), device=codes.device)
+    place[latents] = torch.arange(len(latents), device=codes.device)
     at = place[codes.indices.long()]
     asked = at >= 0
     z = codes.values.new_zeros(codes.n, len(latents))
-    return z.index_put((codes.rows()[asked], at[asked]), codes.values[asked])
+    return z.index_put((codes.rows()[asked], at[asked]), codes.values[asked])[:, back]
 
 
 def _scale(coder: SparseCoder, codes: Codes) -> Tensor | float:

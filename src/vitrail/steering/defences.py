@@ -24,8 +24,9 @@ from torch import Tensor
 from vitrail.backbones.base import Backbone
 from vitrail.backbones.points import Point
 from vitrail.coders.base import SparseCoder
+from vitrail.concepts.editing import columns_of
 from vitrail.steering.ablation import FeatureSet, Rows
-from vitrail.steering.interventions import Latents, columns_of, marked_tokens
+from vitrail.steering.interventions import Latents, marked_tokens
 from vitrail.steering.selection import Site
 
 

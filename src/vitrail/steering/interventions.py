@@ -33,6 +33,7 @@ from vitrail.coders.base import SparseCoder
 from vitrail.coders.crosscoder import MultiSource
 from vitrail.coders.sparse import Codes
 from vitrail.coders.transcoder import Transcoder
+from vitrail.concepts.editing import columns_of
 
 Operation = Literal["set", "add", "scale", "ablate"]
 Unit = Literal["absolute", "own", "norm"]
@@ -406,17 +407,6 @@ def marked_tokens(backbone: Backbone, point: str, where: Where) -> Bool[Tensor, 
 
 
 # ----------------------------------------------------------------------------------------------------------- details
-
-
-def columns_of(codes: Codes, which: Int[Tensor, " m"]) -> Float[Tensor, "n m"]:
-    """The asked latents of every row, dense: nothing of n x d_sae. A latent may be asked for twice."""
-    latents, back = which.to(codes.device).unique(return_inverse=True)
-    place = torch.full((codes.d_sae,), -1, device=codes.device)
-    place[latents] = torch.arange(len(latents), device=codes.device)
-    at = place[codes.indices.long()]
-    asked = at >= 0
-    z = codes.values.new_zeros(codes.n, len(latents))
-    return z.index_put((codes.rows()[asked], at[asked]), codes.values[asked])[:, back]
 
 
 def own_of_codes(codes: Codes, how: Own = "max") -> Float[Tensor, " d_sae"]:
